@@ -1,0 +1,50 @@
+# The two commands a new user needs: `make quickstart` and `make test`.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+# Tests and linters read the installed package, so they need the strict editable mode (see CONTRIBUTING.md).
+INSTALL := $(BIN)/python -m pip install --quiet --editable
+
+.DEFAULT_GOAL := help
+.PHONY: help quickstart test test-slow lint format bench clean
+
+help:  ## list the targets
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-12s %s\n", $$1, $$2}'
+
+$(VENV)/.created:
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "nasfx needs Python 3.11 or newer: make PYTHON=python3.11")'
+	$(PYTHON) -m venv $(VENV)
+	touch $@
+
+$(VENV)/.run: pyproject.toml $(VENV)/.created
+	$(INSTALL) '.[mnn,latency]'
+	touch $@
+
+$(VENV)/.dev: pyproject.toml $(VENV)/.created
+	$(INSTALL) '.[mnn,latency,dev]' --config-settings editable_mode=strict
+	touch $@ $(VENV)/.run
+
+quickstart: $(VENV)/.run  ## search, finalize, export and measure a small net on real digits
+	$(BIN)/python examples/quickstart.py
+
+test: $(VENV)/.dev  ## the test suite without the slow tests
+	$(BIN)/python -m pytest -m "not slow" -n 2
+
+test-slow: $(VENV)/.dev  ## the slow tests alone
+	$(BIN)/python -m pytest -m slow -n 2
+
+lint: $(VENV)/.dev  ## formatting, linting, types and layers
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/pyright
+	$(BIN)/lint-imports
+
+format: $(VENV)/.dev  ## apply formatting and the linter's safe fixes
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: $(VENV)/.dev  ## the benchmarks, as JSON
+	$(BIN)/python benchmarks/transform.py
+
+clean:  ## remove the virtual environment and what the examples wrote
+	rm -rf $(VENV) quickstart-output

@@ -1,0 +1,214 @@
+"""Predicting the latency of an ONNX file on a device that is not at hand."""
+
+import io
+import math
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from nasfx.costs import nnmeter
+from nasfx.costs.nnmeter import Kernel
+from nasfx.errors import ProfileError
+
+_WIDTH = 100
+
+
+class Coverage(NamedTuple):
+    """The fractions, from 0 to 1, of a model's kernels and of its MACs that have a price."""
+
+    kernels: float
+    macs: float
+
+
+@dataclass(frozen=True)
+class Profile:
+    """A predicted latency, kernel by kernel; printing it shows the table.
+
+    Attributes:
+        hardware: The name of nn-Meter's predictor.
+        kernels: All kernels of the model, also those without a price.
+    """
+
+    hardware: str
+    kernels: tuple[Kernel, ...]
+
+    @property
+    def milliseconds(self) -> float:
+        """The predicted latency: the sum over the kernels that have a price."""
+        return math.fsum(k.milliseconds for k in self.kernels if k.milliseconds is not None)
+
+    @property
+    def coverage(self) -> Coverage:
+        """How much of the model the sum stands for.
+
+        MACs are those of Conv, ConvTranspose, Gemm and MatMul nodes. In a model without any, the
+        fraction of kernels stands for both.
+        """
+        priced = [k for k in self.kernels if k.milliseconds is not None]
+        kernels = len(priced) / len(self.kernels)
+        macs = sum(k.macs for k in self.kernels)
+        return Coverage(kernels, sum(k.macs for k in priced) / macs if macs else kernels)
+
+    def table(self) -> Table:
+        """A rich table with one row per kernel."""
+        table = Table(
+            title=f"Latency on {self.hardware}: {self.milliseconds:.3f} ms, a prediction of "
+            "nn-Meter's, not a measurement",
+            caption=f"Priced: {_percent(self.coverage.kernels)} of {len(self.kernels)} kernels, "
+            f"{_percent(self.coverage.macs)} of the MACs",
+        )
+        table.add_column("kernel")
+        table.add_column("ONNX nodes", overflow="fold")
+        table.add_column("MACs", justify="right", no_wrap=True)
+        table.add_column("ms", justify="right", no_wrap=True)
+        table.add_column("note", overflow="fold")
+        for k in self.kernels:
+            ms = "-" if k.milliseconds is None else f"{k.milliseconds:.4f}"
+            nodes, reason = Text("\n".join(k.nodes)), Text(k.reason)  # a name may look like markup
+            table.add_row(k.type, nodes, f"{k.macs:,}", ms, reason)
+        return table
+
+    def __str__(self) -> str:
+        """The table as plain text, 100 columns wide."""
+        text = io.StringIO()
+        console = Console(
+            file=text,
+            width=_WIDTH,
+            color_system=None,
+            force_terminal=False,
+            force_jupyter=False,
+            legacy_windows=False,
+        )
+        console.print(self.table())
+        return "\n".join(line.rstrip() for line in text.getvalue().splitlines())
+
+
+def _percent(fraction: float) -> str:
+    return f"{100 * fraction:.1f} %"
+
+
+def _load(path: Path) -> Any:
+    """The model, with inferred shapes and without its external weights, which nobody needs here."""
+    import onnx
+    from google.protobuf.message import DecodeError
+
+    try:
+        model = onnx.load(path, load_external_data=False)
+        if not model.graph.node:
+            raise ProfileError(f"{path} is not an ONNX model, or is one without nodes.")
+        model = onnx.shape_inference.infer_shapes(model)
+    except OSError as error:
+        raise ProfileError(f"The ONNX file {path} cannot be read: {error}.") from error
+    except (DecodeError, ValueError, onnx.shape_inference.InferenceError) as error:
+        raise ProfileError(f"{path} is not a valid ONNX model: {error}.") from error
+    weights = {tensor.name for tensor in model.graph.initializer}
+    for value in model.graph.input:
+        dims = value.type.tensor_type.shape.dim
+        if value.name in weights:
+            continue
+        shape = [dim.dim_value if dim.HasField("dim_value") else dim.dim_param for dim in dims]
+        if not all(isinstance(size, int) and size > 0 for size in shape):
+            raise ProfileError(
+                f"The input {value.name!r} of {path} has the dynamic shape {shape}; nn-Meter needs "
+                "a fixed one. Export it with dynamic_batch=False."
+            )
+        if len(shape) == 4 and shape[0] != 1:
+            raise ProfileError(
+                f"The input {value.name!r} of {path} has the batch size {shape[0]}; nn-Meter's "
+                "predictors are for 1. Export it with example inputs of batch size 1."
+            )
+    return model
+
+
+def _macs(model: Any) -> dict[str, int]:
+    """The multiply-accumulates of each node that has any, by its name."""
+    graph = model.graph
+    shapes = {tensor.name: list(tensor.dims) for tensor in graph.initializer}
+    for value in (*graph.input, *graph.value_info, *graph.output):
+        shapes[value.name] = [dim.dim_value for dim in value.type.tensor_type.shape.dim]
+    macs: dict[str, int] = {}
+    for node in graph.node:
+        if node.op_type not in ("Conv", "ConvTranspose", "Gemm", "MatMul"):
+            continue
+        if not all(name in shapes for name in (*node.input[:2], node.output[0])):
+            continue
+        data, weight, out = (shapes[n] for n in (*node.input[:2], node.output[0]))
+        if node.op_type == "Conv":
+            macs[node.name] = math.prod(out) * math.prod(weight[1:])
+        elif node.op_type == "ConvTranspose":
+            macs[node.name] = math.prod(data) * math.prod(weight[1:])
+        else:
+            transposed = any(a.name == "transA" and a.i for a in node.attribute)
+            macs[node.name] = math.prod(out) * data[0 if transposed else -1]
+    return macs
+
+
+def _unpriced(kernels: tuple[Kernel, ...]) -> str:
+    return "\n".join(
+        f"  {k.type} ({', '.join(k.nodes)}), {k.macs:,} MACs: {k.reason}"
+        for k in sorted(kernels, key=lambda k: -k.macs)
+        if k.milliseconds is None
+    )
+
+
+def known_hardware() -> list[str]:
+    """The names that `profile` takes: nn-Meter's own predictors and those registered with it.
+
+    Raises:
+        ProfileError: If nn-Meter is not installed or its configuration is damaged.
+
+    Example:
+        >>> known_hardware()
+        ['cortexA76cpu_tflite21', 'adreno640gpu_tflite21', ...]
+    """
+    return list(nnmeter.predictors())
+
+
+def profile(onnx_path: str | Path, hardware: str, *, minimum_coverage: float = 0.9) -> Profile:
+    """Predict the latency of an ONNX file by nn-Meter's predictors for `hardware`.
+
+    The predictors are downloaded on first use into nn-Meter's data folder. Unlike nn-Meter this
+    drops no kernel: one that it cannot price is listed with the reason.
+
+    Args:
+        onnx_path: A file with static shapes of batch size 1, as `export_onnx` writes it.
+        hardware: One of `known_hardware()`.
+        minimum_coverage: The fraction of the MACs, from 0 to 1, that must have a price.
+
+    Returns:
+        The latency in milliseconds, kernel by kernel.
+
+    Raises:
+        ProfileError: If nn-Meter is missing, the hardware is unknown, its predictors cannot be
+            had, are damaged or predict nonsense, the file is missing, invalid or of dynamic shape,
+            or less than `minimum_coverage` of its MACs can be priced.
+
+    Example:
+        >>> print(profile("subnet.onnx", "cortexA76cpu_tflite21"))
+    """
+    if not 0 <= minimum_coverage <= 1:
+        raise ProfileError(f"minimum_coverage is a fraction from 0 to 1, not {minimum_coverage}.")
+    path = Path(onnx_path)
+    model = _load(path)
+    # nn-Meter goes by the nodes' names: an empty or double one would lose nodes, ";" is its own.
+    names: dict[str, str] = {}
+    for index, node in enumerate(model.graph.node):
+        original = node.name or f"{node.op_type}_{index}"
+        node.name = f"n{index}"
+        names[node.name] = original
+    priced = nnmeter.price(model, _macs(model), nnmeter.predictor_folder(hardware))
+    kernels = tuple(replace(k, nodes=tuple(names[name] for name in k.nodes)) for k in priced)
+    result = Profile(hardware, kernels)
+    covered = result.coverage.macs
+    if covered < minimum_coverage:
+        raise ProfileError(
+            f"Only {_percent(covered)} of the MACs of {path} can be priced for {hardware}, less "
+            f"than the {_percent(minimum_coverage)} asked for. Without a price:\n"
+            f"{_unpriced(kernels)}\nTo have the latency of the rest, pass "
+            f"minimum_coverage={math.floor(covered * 100) / 100}."
+        )
+    return result

@@ -1,0 +1,135 @@
+"""Gates: the weights of a choice as pure functions of its architecture parameters.
+
+Noise and drawn decisions are arguments, so the same gate gives the same value wherever it is read.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from nasfx.choice import Decision
+from nasfx.ops.function import graph_function
+
+
+class Gate(NamedTuple):
+    """A sampled gate: its 0/1 weights, which carry the gradient, and the decision they encode."""
+
+    weights: Tensor
+    decision: Decision
+
+
+@graph_function
+def softmax_gate(alpha: Tensor, label: str = "") -> Tensor:
+    """The mixture weights of a LayerChoice: softmax(alpha), shape (candidates,).
+
+    Source: DARTS (arXiv 1806.09055), equation 2.
+    """
+    del label  # for the reader of the graph
+    return torch.softmax(alpha, -1)
+
+
+@graph_function
+def inclusion_gate(
+    alpha: Tensor, n_chosen: int | None, mean: bool = False, label: str = ""
+) -> Tensor:
+    """The probability that each input is chosen, shape (inputs,).
+
+    For `n_chosen` = k, subsets S of size k have p(S) proportional to exp(sum of alpha over S); the
+    probabilities sum to k (k = 1: softmax). For None every input is chosen independently with
+    sigmoid(alpha). With `mean` they are divided by their sum, as a mean over the chosen inputs is.
+    """
+    del label
+    probabilities = inclusion_probabilities(alpha, n_chosen)
+    if not mean:
+        return probabilities
+    if n_chosen is not None:
+        return probabilities / n_chosen
+    return probabilities / probabilities.sum().clamp_min(torch.finfo(alpha.dtype).tiny)
+
+
+def inclusion_probabilities(alpha: Tensor, n_chosen: int | None) -> Tensor:
+    """As `inclusion_gate`, without `mean`."""
+    n = len(alpha)
+    if n_chosen is None:
+        return torch.sigmoid(alpha)
+    if n_chosen == 1:
+        return torch.softmax(alpha, -1)
+    if n_chosen == n:
+        return torch.ones_like(alpha) + 0 * alpha
+    values = list(alpha.unbind(0))
+    total = _log_subsets(values, n_chosen)
+    rest = [_log_subsets(values[:i] + values[i + 1 :], n_chosen - 1) for i in range(n)]
+    return torch.exp(alpha + torch.stack(rest) - total)
+
+
+def _log_subsets(values: list[Tensor], k: int) -> Tensor:
+    """Log of the sum over subsets S of size k of exp(sum of values in S); k <= len(values)."""
+    sums: list[Tensor | None] = [torch.zeros_like(values[0])] + [None] * k
+    for value in values:
+        for j in range(k, 0, -1):
+            shorter, longer = sums[j - 1], sums[j]
+            if shorter is not None:
+                term = shorter + value
+                sums[j] = term if longer is None else torch.logaddexp(longer, term)
+    result = sums[k]
+    assert result is not None
+    return result
+
+
+@graph_function
+def binary_gate(
+    alpha: Tensor, decision: Decision, names: tuple[str, ...] | None, n_chosen: int | None = 1,
+    label: str = "",
+) -> Gate:  # fmt: skip
+    """ProxylessNAS's binary gate: exactly 0 or 1 forward, the gradient of probabilities backward.
+
+    With b = dL/dg it gives dL/dalpha_i = sum_j b_j dp_j/dalpha_i, where p are the probabilities of
+    the candidates: p_i (b_i - <p, b>) for one of several.
+
+    Args:
+        alpha: the architecture parameters, shape (candidates,).
+        decision: the drawn candidate's name, or the drawn inputs' indices.
+        names: the candidates' names in order; None for inputs.
+        n_chosen: how many are chosen, None for any subset.
+        label: the choice's label, for the reader of the graph.
+
+    Source: ProxylessNAS (arXiv 1812.00332), equations 3 and 4.
+    """
+    del label
+    hot = torch.zeros_like(alpha)
+    if isinstance(decision, str):
+        assert names is not None
+        hot[names.index(decision)] = 1
+    elif decision:
+        hot[list(decision)] = 1
+    p = inclusion_probabilities(alpha, n_chosen)
+    return Gate(hot + (p - p.detach()), decision)
+
+
+def draw_subset(alpha: Tensor, n_chosen: int | None, generator: torch.Generator) -> tuple[int, ...]:
+    """Draw a subset of inputs with p(S) proportional to exp(sum of alpha over S).
+
+    Args:
+        alpha: float64 on the CPU, shape (inputs,).
+        n_chosen: the size of the subset; None for independent sigmoids.
+        generator: the source of randomness.
+    """
+    uniform = torch.rand(len(alpha), generator=generator, dtype=alpha.dtype)
+    if n_chosen is None:
+        return tuple(i for i in range(len(alpha)) if uniform[i] < torch.sigmoid(alpha[i]))
+    values = list(alpha.unbind(0))
+    chosen: list[int] = []
+    for i in range(len(values)):
+        left = n_chosen - len(chosen)
+        if left == 0:
+            break
+        if left < len(values) - i:  # else all that remain are taken
+            # p(i in S | the choices before) = exp(alpha_i) E_(left-1)(after i) / E_left(i and after)
+            taking = values[i] + _log_subsets(values[i + 1 :], left - 1)
+            if uniform[i] >= torch.exp(taking - _log_subsets(values[i:], left)):
+                continue
+        chosen.append(i)
+    return tuple(chosen)

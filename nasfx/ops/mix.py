@@ -1,0 +1,64 @@
+"""The weighted sum of candidates' outputs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from nasfx.errors import SearchError
+from nasfx.ops.function import graph_function
+
+
+@graph_function
+def mix(gate: Tensor, outputs: Sequence[Any], label: str = "") -> Any:
+    """sum_k gate[k] * outputs[k]; tuples, lists and dicts of tensors are mixed item by item.
+
+    Args:
+        gate: the weights, shape (candidates,); cast to the outputs' dtype.
+        outputs: one output for each weight, all of one structure and of equal shapes.
+        label: the choice's label, for errors and for the reader of the graph.
+
+    Raises:
+        SearchError: the outputs' structures or shapes differ.
+
+    Source: DARTS (arXiv 1806.09055), equation 2.
+    """
+    if isinstance(outputs[0], Tensor):
+        return _sum(gate, outputs, label)
+    first, spec = pytree.tree_flatten(outputs[0])
+    rows = [first]
+    for k, output in enumerate(outputs[1:], 1):
+        leaves, other = pytree.tree_flatten(output)
+        if other != spec:
+            raise SearchError(f"choice {label!r}: outputs 0 and {k} have different structures")
+        rows.append(leaves)
+    mixed = [
+        _sum(gate, column, label) if isinstance(column[0], Tensor) else column[0]
+        for column in zip(*rows, strict=True)
+    ]
+    return pytree.tree_unflatten(mixed, spec)
+
+
+def _sum(gate: Tensor, outputs: Sequence[Tensor], label: str) -> Tensor:
+    for k, output in enumerate(outputs):
+        if not isinstance(output, Tensor) or output.shape != outputs[0].shape:
+            raise SearchError(unlike_shapes(label, [getattr(o, "shape", None) for o in outputs], k))
+    weights = gate.to(outputs[0].dtype).unbind(0)
+    total = weights[0] * outputs[0]
+    for weight, output in zip(weights[1:], outputs[1:], strict=True):
+        total = total + weight * output
+    return total
+
+
+def unlike_shapes(label: str, shapes: Sequence[torch.Size | None], k: int, where: str = "") -> str:
+    """The message for candidates whose outputs cannot be summed."""
+    listed = ", ".join("no tensor" if s is None else str(tuple(s)) for s in shapes)
+    return (
+        f"choice {label!r}{where}: a weighted sum needs outputs of one shape, but candidate {k} differs: "
+        f"{listed}. Make the candidates agree (stride, padding, channels), or use a strategy that "
+        "samples one path"
+    )

@@ -1,0 +1,142 @@
+"""What a strategy is: its passes, its parameters, its draws and how it derives an architecture."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from nasfx.choice import Decision
+from nasfx.errors import SearchError
+from nasfx.ops.architecture import ArchState
+from nasfx.ops.gates import inclusion_probabilities
+from nasfx.rewriting.passes import Pass
+from nasfx.space import Architecture, SearchSpace, SpaceChoice
+
+Evaluate = Callable[[Architecture], float]
+"""The validation metric of one architecture under the shared weights; higher is better."""
+
+
+@dataclass(frozen=True)
+class Strategy(ABC):
+    """A search strategy. Instances hold options only, so one may serve several nets.
+
+    A new strategy is one subclass in one file, with its passes; hand an instance to `transform`.
+
+    Class attributes:
+        name: in kebab-case, as `transform` takes it.
+        samples: whether every step draws a path.
+    """
+
+    name: ClassVar[str]
+    samples: ClassVar[bool]
+
+    @abstractmethod
+    def passes(self, space: SearchSpace) -> tuple[Pass, ...]:
+        """The passes from stage CHOICE to stage SUPERNET."""
+
+    @abstractmethod
+    def candidates(self, choice: SpaceChoice) -> tuple[Any, ...]:
+        """The candidates that get an architecture parameter, in order; () for none."""
+
+    @abstractmethod
+    def derive(self, arch: ArchState, space: SearchSpace) -> Architecture:
+        """The architecture that the search has found, from its parameters alone.
+
+        Raises:
+            SearchError: the strategy learns no distribution.
+        """
+
+    def probabilities(self, arch: ArchState, space: SearchSpace) -> dict[str, Tensor]:
+        """By label, the probability that each candidate is chosen (of inputs: that it is among them)."""
+        alphas = arch.alphas()
+        return {
+            choice.label: choice_probabilities(choice, alphas[choice.label].detach())
+            for choice in space.choices
+            if choice.label in alphas
+        }
+
+    def draw(self, arch: ArchState, space: SearchSpace) -> dict[str, Decision]:
+        """A decision for every label, inactive ones included, drawn with the state's generator."""
+        raise SearchError(f"{self.name} runs the mixture of all candidates and draws no path")
+
+    def arch_optimizer(
+        self,
+        parameters: list[nn.Parameter],
+        cls: type[torch.optim.Optimizer] | None,
+        **options: Any,
+    ) -> torch.optim.Optimizer:
+        """The optimizer of the architecture parameters: the paper's, or `cls` with `options`."""
+        return (cls or torch.optim.Adam)(parameters, **options)
+
+    def conclude(self, space: SearchSpace, arch: ArchState, evaluate: Evaluate) -> Architecture:
+        """The architecture that a finished search returns; may evaluate several."""
+        return self.derive(arch, space)
+
+    def initial_alpha(self, n: int, generator: torch.Generator) -> Tensor:
+        """The architecture parameters at the start: 1e-3 times standard normal draws."""
+        return 1e-3 * torch.randn(n, generator=generator, dtype=torch.float64)
+
+    def arch_state(self, space: SearchSpace, seed: int, dtype: torch.dtype) -> ArchState:
+        """New architecture parameters for `space`, with the most probable path drawn."""
+        generator = torch.Generator().manual_seed(seed)
+        alphas = {
+            choice.label: self.initial_alpha(len(candidates), generator).to(dtype)
+            for choice in space.choices
+            if (candidates := self.candidates(choice))
+        }
+        names = {
+            choice.label: choosable(choice) if choice.kind == "layer" else None
+            for choice in space.choices
+        }
+        state = ArchState(alphas, names, seed)
+        state.generator.set_state(generator.get_state())
+        if self.samples:
+            state.decisions = {
+                choice.label: most_probable(choice, alphas.get(choice.label))
+                for choice in space.choices
+            }
+        return state
+
+
+def choosable(choice: SpaceChoice) -> tuple[Any, ...]:
+    """The candidates that may be chosen."""
+    return tuple(name for name in choice.candidates if name not in choice.relaxed_only)
+
+
+def choice_probabilities(choice: SpaceChoice, alpha: Tensor) -> Tensor:
+    """The probabilities that `alpha` stands for."""
+    if choice.kind == "layer":
+        return torch.softmax(alpha, -1)
+    return inclusion_probabilities(alpha, choice.n_chosen)
+
+
+def most_probable(choice: SpaceChoice, alpha: Tensor | None) -> Decision:
+    """The decision of the highest probability; ties go to the first.
+
+    `alpha` belongs to all candidates, or to the choosable ones; None stands for equal ones.
+    """
+    names = choosable(choice)
+    n = len(names)
+    values = [0.0] * n if alpha is None else alpha.detach().tolist()
+    if choice.kind == "layer":
+        if len(values) > n:
+            values = [v for v, c in zip(values, choice.candidates, strict=True) if c in names]
+        return names[max(range(n), key=values.__getitem__)]
+    if choice.n_chosen is None:
+        return tuple(i for i in range(n) if values[i] >= 0)
+    return tuple(sorted(sorted(range(n), key=lambda i: -values[i])[: choice.n_chosen]))
+
+
+def derive_most_probable(arch: ArchState, space: SearchSpace) -> dict[str, Decision]:
+    """The most probable decision for every label with parameters."""
+    alphas: Mapping[str, Tensor] = arch.alphas()
+    return {
+        choice.label: most_probable(choice, alphas[choice.label])
+        for choice in space.choices
+        if choice.label in alphas
+    }
