@@ -37,7 +37,7 @@ lint: $(VENV)/.dev  ## formatting, linting, types and layers
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/pyright
-	$(BIN)/lint-imports
+	cd tests && ../$(BIN)/lint-imports --config ../pyproject.toml
 
 format: $(VENV)/.dev  ## apply formatting and the linter's safe fixes
 	$(BIN)/ruff format .

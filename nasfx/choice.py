@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import keyword
 import operator
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -303,7 +303,9 @@ def default_label(path: str) -> str:
 
 
 @contextmanager
-def activated(model: nn.Module, architecture: Mapping[str, Any]) -> Iterator[nn.Module]:
+def activated(
+    model: nn.Module, architecture: Mapping[str, Any]
+) -> Generator[nn.Module, None, None]:
     """Within the block, `model` eagerly runs `architecture`; afterwards what it ran before.
 
     Labels that the architecture does not hold keep their active candidate.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy as copying
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any
@@ -181,10 +181,11 @@ def _container(root: nn.Module, source: nn.Module, path: str) -> nn.Module:
     module = root
     for name in path.split(".") if path else ():
         source = source.get_submodule(name)
-        if name not in module._modules:
-            module._modules[name] = nn.Module()
-            module._modules[name].training = source.training  # type: ignore[union-attr]
-        module = module._modules[name]  # type: ignore[assignment]
+        child = module._modules.get(name)
+        if child is None:
+            child = module._modules[name] = nn.Module()
+            child.training = source.training
+        module = child
     return module
 
 
@@ -331,7 +332,7 @@ def _compare_supernet(
 
 
 @contextmanager
-def evaluating(module: nn.Module) -> Iterator[None]:
+def evaluating(module: nn.Module) -> Generator[None, None, None]:
     """Within the block: eval mode, no gradients, a fixed seed; modes, buffers and seeds return after."""
     modes = [(m, m.training) for m in module.modules()]
     devices = [p.device for p in module.parameters() if p.device.type == "cuda"][:1]

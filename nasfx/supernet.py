@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy as copying
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -143,7 +143,7 @@ class Supernet(nn.Module):
     # -- steps ---------------------------------------------------------------------------------------
 
     @contextmanager
-    def weight_step(self) -> Iterator[None]:
+    def weight_step(self) -> Generator[None, None, None]:
         """A step of the weights: draws a path where the strategy samples, alphas get no gradient.
 
         Run forward and backward inside the block; let the optimizer step after it.
@@ -160,7 +160,7 @@ class Supernet(nn.Module):
             yield
 
     @contextmanager
-    def arch_step(self) -> Iterator[None]:
+    def arch_step(self) -> Generator[None, None, None]:
         """A step of the architecture: draws a path where the strategy samples, weights get no gradient.
 
         Raises:
@@ -175,7 +175,7 @@ class Supernet(nn.Module):
             yield
 
     @contextmanager
-    def _stepping(self, kind: str, frozen: Sequence[nn.Parameter]) -> Iterator[None]:
+    def _stepping(self, kind: str, frozen: Sequence[nn.Parameter]) -> Generator[None, None, None]:
         if self._step:
             raise SearchError(
                 f"a {kind} step was opened inside a {self._step} step; close that one first"
@@ -269,7 +269,7 @@ class Supernet(nn.Module):
         self._arch.generator.manual_seed(seed)
 
     @contextmanager
-    def forced(self, arch: Mapping[str, Any]) -> Iterator[Architecture]:
+    def forced(self, arch: Mapping[str, Any]) -> Generator[Architecture, None, None]:
         """Within the block, forward runs the subnet of `arch` on the live tensors.
 
         Wins over the drawn path, and may be nested.

@@ -79,7 +79,7 @@ class Frame:
     def frames(self) -> Iterator[Frame]:
         """This frame and those of the candidates below it, each once."""
         seen: set[int] = set()
-        stack = [self]
+        stack: list[Frame] = [self]
         while stack:
             frame = stack.pop()
             if id(frame) in seen:

@@ -121,8 +121,8 @@ def _wrapped(choice: LayerChoice, name: str, call: fx.Node) -> fx.Graph:
     root = nn.Module()
     root.add_module("layer", module)
     values = iter(inputs)
-    args, kwargs = fx.map_arg((call.args, call.kwargs), lambda _: next(values))  # type: ignore[misc]
-    node = graph.create_node("call_module", "layer", args, kwargs)  # type: ignore[arg-type]
+    args, kwargs = fx.map_arg((call.args, call.kwargs), lambda _: next(values))
+    node = graph.create_node("call_module", "layer", args, kwargs)
     set_provenance(node, provenance(call), part=name)
     graph.output(node)
     choice._modules[name] = ModelGraph(root, graph, type(module).__name__)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -140,7 +140,7 @@ def _bytes(output: Any) -> int:
 
 
 @contextmanager
-def _unfused() -> Iterator[None]:
+def _unfused() -> Generator[None, None, None]:
     """Attention by its matrix products: torch's counter gives fused kernels on a CPU nothing."""
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)

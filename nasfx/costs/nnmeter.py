@@ -20,7 +20,7 @@ import sys
 import types
 import warnings
 import zipfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -86,7 +86,7 @@ def _pkg_resources() -> types.ModuleType:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def _quiet() -> Generator[None, None, None]:
     """Keep nn-Meter from logging, from warning and from configuring the root logger."""
     logger, root = logging.getLogger("nn-Meter"), logging.getLogger()
     disabled, guard = logger.disabled, logging.NullHandler()

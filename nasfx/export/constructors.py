@@ -20,8 +20,15 @@ from torch.fx.node import _get_qualified_name
 
 from nasfx.errors import ExportError
 
-_PLACES = (("", builtins), ("operator.", operator), ("math.", math), ("F.", F))
-_PLACES = (*_PLACES, ("torch.", torch), ("torch.Tensor.", torch.Tensor), ("nn.", nn))
+_PLACES = (
+    ("", builtins),
+    ("operator.", operator),
+    ("math.", math),
+    ("F.", F),
+    ("torch.", torch),
+    ("torch.Tensor.", torch.Tensor),
+    ("nn.", nn),
+)
 
 # Namespaces of torch.ops that exist wherever torch (and torchvision) is imported.
 _OPS = ("aten", "prims", "prim", "torchvision")

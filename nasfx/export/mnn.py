@@ -28,7 +28,7 @@ _FLAGS: dict[str, list[str]] = {
 # The largest difference allowed, as a share of the output's largest magnitude. A wrong conversion
 # is off by the magnitude itself; what rounding costs in accuracy is for a validation set to say.
 TOLERANCES: dict[str, float] = {
-    "fp32": 1e-3,  # Other sums, Winograd: at most 3.3e-6 in seven torchvision nets, 1.8e-4 seen.
+    "fp32": 5e-3,  # Winograd: 3e-7 to 1.9e-4 in eight torchvision nets, 4.7e-4 in feature maps.
     "fp16": 5e-2,  # Weights keep 11 bits: 2.6e-4 to 9.0e-3 in the same nets.
     "w8": 2e-1,  # Weights keep 8 bits per channel: 3.7e-3 to 3.1e-2.
 }

@@ -6,7 +6,7 @@ import inspect
 import io
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
@@ -134,7 +134,7 @@ def _with_batch(inputs: tuple[Tensor, ...], size: int) -> tuple[Tensor, ...]:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def _quiet() -> Generator[None, None, None]:
     """The exporter prints, logs and warns about its own insides; errors still come as errors."""
     level = logging.root.manager.disable
     logging.disable(logging.ERROR)

@@ -19,8 +19,14 @@ from nasfx.rewriting.graph import join, provenance
 
 MARK = "written by nasfx as source"
 _GLOBALS = ("self", "torch", "nn", "F", "operator", "math", "torchvision")
-_CONTAINERS = (nn.Module, nn.Sequential, nn.ModuleList, nn.ModuleDict)
-_CONTAINERS = (*_CONTAINERS, nn.ParameterList, nn.ParameterDict)
+_CONTAINERS = (
+    nn.Module,
+    nn.Sequential,
+    nn.ModuleList,
+    nn.ModuleDict,
+    nn.ParameterList,
+    nn.ParameterDict,
+)
 
 _GROUP = '''
 

@@ -54,24 +54,26 @@ class ArchState(nn.Module):
             )
 
     def _load_from_state_dict(
-        self, state_dict: Any, prefix: str, metadata: Any, strict: bool,
-        missing: list[str], unexpected: list[str], errors: list[str],
+        self, state_dict: Any, prefix: str, local_metadata: Any, strict: bool,
+        missing_keys: list[str], unexpected_keys: list[str], error_msgs: list[str],
     ) -> None:  # fmt: skip
         own = {key[len(prefix) :]: state_dict[key] for key in state_dict if key.startswith(prefix)}
         super()._load_from_state_dict(
-            state_dict, prefix, metadata, strict, missing, unexpected, errors
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
-        unexpected[:] = [key for key in unexpected if not key.startswith(f"{prefix}state.")]
+        unexpected_keys[:] = [
+            key for key in unexpected_keys if not key.startswith(f"{prefix}state.")
+        ]
         if "state.generator" in own:
             self.generator.set_state(own.pop("state.generator").cpu())
         elif strict:
-            missing.append(f"{prefix}state.generator")
+            missing_keys.append(f"{prefix}state.generator")
         for key, value in own.items():
             if not key.startswith("state."):
                 continue
             label = key.removeprefix("state.path.")
             if label not in self.names:
-                unexpected.append(prefix + key)
+                unexpected_keys.append(prefix + key)
                 continue
             names = self.names[label]
             indices = [int(i) for i in value]

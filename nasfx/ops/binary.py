@@ -34,7 +34,7 @@ class _GateGradient(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any, weights: Tensor, output_k: Others, label: str, n_inputs: int, *tensors: Tensor
     ) -> tuple[Tensor, ...]:
         inputs, outputs = tensors[:n_inputs], tensors[n_inputs:]
@@ -48,7 +48,7 @@ class _GateGradient(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
         saved = ctx.saved_tensors
         inputs, outputs = list(saved[: ctx.n_inputs]), saved[ctx.n_inputs :]
         device, dtype, enabled = ctx.autocast
@@ -63,7 +63,7 @@ class _GateGradient(torch.autograd.Function):
                     raise SearchError(unlike_shapes(ctx.label, shapes, k))
                 pairs = zip(tensors, grads, strict=True)
                 b.append(sum((o.to(ctx.dtype) * g.to(ctx.dtype)).sum() for o, g in pairs))
-        return (torch.stack(b), None, None, None, *(None,) * ctx.n_inputs, *grads)  # type: ignore[arg-type]
+        return (torch.stack(b), None, None, None, *(None,) * ctx.n_inputs, *grads)
 
 
 def with_gate_gradient(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import ParamSpec, TypeVar, cast
+from typing import ParamSpec, TypeVar
 
 import torch
 from torch.fx.proxy import Proxy
@@ -30,7 +30,7 @@ def graph_function(function: Callable[P, R]) -> Callable[P, R]:
                 leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Proxy)
             ]
             if proxies:
-                return cast(R, handle_torch_function(dispatching, proxies, *args, **kwargs))
+                return handle_torch_function(dispatching, proxies, *args, **kwargs)
         return function(*args, **kwargs)
 
     # The public name, under which the function is printed and pickled.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -44,7 +44,7 @@ def forced(value: Any) -> Any:
 
 
 @contextmanager
-def unmoved_buffers(*modules: nn.Module) -> Iterator[None]:
+def unmoved_buffers(*modules: nn.Module) -> Generator[None, None, None]:
     """Within the block the modules' buffers are copies: what is written to them is forgotten.
 
     The very tensors return afterwards, so neither their bytes nor their version counters change.

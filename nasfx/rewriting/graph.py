@@ -9,7 +9,7 @@ lowering, in train and in eval mode) over *one* set of tensors that keeps the us
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -90,7 +90,8 @@ class ModelGraph(fx.GraphModule):
 
     def recompile(self) -> Any:
         """Forget the generated code; the next call generates it anew."""
-        vars(type(self)).get("forward") and delattr(type(self), "forward")
+        if "forward" in vars(type(self)):
+            del type(self).forward
         self.__dict__["_code"] = ""
 
     def _compiled(self) -> type:
@@ -141,7 +142,7 @@ class _Ref:
 def dump_graph(graph: fx.Graph) -> list[tuple[Any, ...]]:
     """The nodes of `graph` as plain tuples, with references by position."""
     index = {node: i for i, node in enumerate(graph.nodes)}
-    to_ref: Callable[[fx.Node], Any] = lambda node: _Ref(index[node])  # noqa: E731
+    to_ref: Any = lambda node: _Ref(index[node])  # noqa: E731
     return [
         (
             node.op,
@@ -226,7 +227,7 @@ def shallow(module: nn.Module) -> nn.Module:
         if name in ("_parameters", "_buffers", "_non_persistent_buffers_set"):
             new.__dict__[name] = value
         elif type(value).__name__ in ("dict", "OrderedDict", "list", "set"):
-            new.__dict__[name] = copy.copy(value)
+            new.__dict__[name] = value.copy()
         else:
             new.__dict__[name] = value
     return new

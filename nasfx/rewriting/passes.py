@@ -106,7 +106,7 @@ class Pass(ABC):
                 f"pass {self.name} failed: {type(error).__name__}: {error}. This is a mistake in the "
                 "pass, not in the model"
             ) from error
-        if not isinstance(changed, bool):  # pyright: ignore[reportUnnecessaryIsInstance]
+        if not isinstance(changed, bool):
             raise PassError(f"pass {self.name}: run must return True or False, not {changed!r}")
         if changed:
             for _, inner in graphs(gm):

@@ -116,7 +116,7 @@ class Pipeline:
         """
         passes = list(self.passes)
         for new in extra:
-            if not isinstance(new, Pass):  # pyright: ignore[reportUnnecessaryIsInstance]
+            if not isinstance(new, Pass):
                 raise PassError(
                     f"{new!r} is no pass: hand over an instance of a nasfx.rewriting.Pass subclass"
                 )

@@ -105,7 +105,8 @@ class _Run:
             weights, arch = optimizers
         else:
             raise SearchError("optimizers must be two: (of the weights, of the architecture)")
-        self.weights, self.arch = fabric.setup_optimizers(weights, arch)
+        both: Any = fabric.setup_optimizers(weights, arch)
+        self.weights, self.arch = both
         self.learns = bool(net.arch_parameters())
 
     def _loader(self, data: Any) -> Any:
