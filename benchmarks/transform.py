@@ -2,9 +2,9 @@
 
     python benchmarks/transform.py [--choices 250 500 1000] [--strategy darts proxyless single-path]
 
-A chain of choices with three candidates of two layers each gives about ten nodes a choice. Every size
-runs in this process, interleaved over `--repeats`; medians are printed as JSON, and as ratios to the
-size before, which are 2.0 where the cost is linear.
+A chain of choices with three candidates of two layers each gives about ten nodes a choice. Every
+size runs in this process, interleaved over `--repeats`; medians are printed as JSON, and as ratios
+to the size before, which are 2.0 where the cost is linear.
 """
 
 from __future__ import annotations

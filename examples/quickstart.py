@@ -1,8 +1,8 @@
 """The main job, end to end, on real digits: search, finalize, retrain, export, measure.
 
 Run by `make quickstart`. Data: the 1,797 handwritten digits (8x8) that scikit-learn ships. What is
-written goes to quickstart-output/. The figures say that everything works; on data this small they are
-no evidence of search quality.
+written goes to quickstart-output/. The figures say that everything works; on data this small they
+are no evidence of search quality.
 """
 
 from __future__ import annotations
@@ -135,8 +135,8 @@ def measure(
 
 def shown(rows: dict[str, dict[str, float | str]]) -> tuple[Table, str]:
     """The closing table, and why nn-Meter predicted nothing, if so."""
-    table = Table(title="times in ONNX Runtime (ORT) and MNN are measured on this machine, not on a phone: "
-        "batch 1, one thread")
+    measured = "times in ONNX Runtime (ORT) and MNN are measured on this machine, not on a phone"
+    table = Table(title=f"{measured}: batch 1, one thread")
     table.add_column("subnet")
     for column in next(iter(rows.values())):
         table.add_column(column, justify="right")

@@ -1,7 +1,7 @@
 """nasfx: a graph-rewriting compiler for neural architecture search, built on torch.fx.
 
-Mark choices in a model with `LayerChoice` and `InputChoice`, `transform` it for a strategy, `search`,
-`finalize` the result and export it. See the README for the whole in twenty lines.
+Mark choices in a model with `LayerChoice` and `InputChoice`, `transform` it for a strategy,
+`search`, `finalize` the result and export it. See the README for the whole in twenty lines.
 """
 
 import importlib

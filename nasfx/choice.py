@@ -50,13 +50,14 @@ class LayerChoice(nn.Module):
 
     Args:
         candidates: the candidate modules by name, or a list, whose names are "0", "1", ...
-        label: the name of the decision. Choices with equal labels are one decision and must have the
-            same candidates' names in the same order. By default the module's path, with "/" for ".".
+        label: the name of the decision. Choices with equal labels are one decision and must have
+            the same candidates' names in the same order. By default the module's path, with "/"
+            for ".".
         relaxed_only: names of candidates that take part in mixtures but are never derived, sampled,
             enumerated or counted (the "none" of DARTS).
 
     Raises:
-        SpaceError: no candidate, a candidate that is no module, or a name or label that cannot be used.
+        SpaceError: no candidate, one that is no module, or a name or label that cannot be used.
 
     Example:
         >>> import torch
@@ -88,14 +89,15 @@ class LayerChoice(nn.Module):
         for name, candidate in candidates.items():
             if not isinstance(candidate, nn.Module):
                 raise SpaceError(
-                    f"{site}: candidate {name!r} is a {type(candidate).__name__}, not an nn.Module; "
-                    "wrap a function in a module, and call a class to get an instance"
+                    f"{site}: candidate {name!r} is a {type(candidate).__name__}, not an "
+                    "nn.Module; wrap a function in a module, and call a class to get an instance"
                 )
             bad = not isinstance(name, str) or not name or "." in name or keyword.iskeyword(name)
             if bad or name in reserved:
                 raise SpaceError(
                     f"{site}: {name!r} cannot be a candidate's name: it must be a non-empty string "
-                    "without dots, no keyword of Python and no attribute of nn.Module or LayerChoice"
+                    "without dots, no keyword of Python and no attribute of nn.Module or "
+                    "LayerChoice"
                 )
             self.add_module(name, candidate)
         if isinstance(relaxed_only, str) or set(relaxed_only) - set(candidates):
@@ -252,7 +254,7 @@ def tensor_arguments(structure: tuple[Any, ...], args: Any, kwargs: Any) -> list
 
 
 def reduce_inputs(inputs: Sequence[Any], chosen: Sequence[int], reduction: str) -> Any:
-    """What an InputChoice gives for the `chosen` indices; also on fx proxies, one node an operation."""
+    """What an InputChoice gives for the `chosen` indices; works on fx proxies too."""
     taken = [inputs[i] for i in chosen]
     if reduction == "none":
         return taken

@@ -164,7 +164,7 @@ class SpaceChoice:
 
 
 Literal = tuple[str, frozenset[Any]]
-"""(label, values): true if the label's decision is one of the values, or holds one of the indices."""
+"""(label, values): true if the decision is one of the values, or holds one of the indices."""
 
 
 @dataclass(frozen=True)

@@ -29,8 +29,8 @@ _NOT_RUN = "not run: no example inputs"
 class DualSubnet(fx.GraphModule):
     """A subnet whose code differs between train and eval mode in more than a dropout.
 
-    `train()` and `eval()` put the graph of the mode in place. Pickle keeps one graph, so it is refused:
-    a static module for one mode is `fx.GraphModule(subnet, subnet.graph)`.
+    `train()` and `eval()` put the graph of the mode in place. Pickle keeps one graph, so it is
+    refused: a static module for one mode is `fx.GraphModule(subnet, subnet.graph)`.
     """
 
     def train(self, mode: bool = True) -> DualSubnet:
@@ -44,7 +44,8 @@ class DualSubnet(fx.GraphModule):
     def __reduce__(self) -> tuple[Any, ...]:
         raise NasfxError(
             "this subnet's code differs between train() and eval(), and pickle keeps one graph: "
-            "pickle fx.GraphModule(subnet, subnet.graph) for the current mode, or save its state_dict()"
+            "pickle fx.GraphModule(subnet, subnet.graph) for the current mode, or save its "
+            "state_dict()"
         )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> DualSubnet:
@@ -70,8 +71,8 @@ def finalize(
     Args:
         net_or_model: what `transform` made, or a model that was not transformed.
         arch: the architecture; by default what the net derives. A model needs one.
-        copy: give the subnet tensors of its own. With False it shares them with the net, and training
-            either trains both.
+        copy: give the subnet tensors of its own. With False it shares them with the net, and
+            training either trains both.
         example_inputs: for the parts of the certificate that run the nets; by default those that
             `transform` was given.
 
@@ -144,7 +145,7 @@ def _of_model(
     return traced, space, traced.example_inputs, space.validate(arch)
 
 
-# -- building ---------------------------------------------------------------------------------------
+# -- building --------------------------------------------------------------------------------------
 
 
 def _static(graphs: Mapping[str, ModelGraph], *, copy: bool) -> fx.GraphModule:
@@ -214,7 +215,7 @@ def _plain_graph(gm: ModelGraph) -> fx.Graph:
     return graph
 
 
-# -- the certificate ---------------------------------------------------------------------------------
+# -- the certificate -------------------------------------------------------------------------------
 
 
 def _check_structure(
@@ -306,7 +307,8 @@ def _check_outputs(
         equal = same_bytes(a, b) if isinstance(a, Tensor) else a == b
         if not equal:
             raise VerifyError(
-                f"output {i} of the subnet differs from the eager model's in eval mode; a mistake in nasfx"
+                f"output {i} of the subnet differs from the eager model's in eval mode; a mistake "
+                "in nasfx"
             )
     return {"outputs": "passed"}
 
@@ -333,7 +335,7 @@ def _compare_supernet(
 
 @contextmanager
 def evaluating(module: nn.Module) -> Generator[None, None, None]:
-    """Within the block: eval mode, no gradients, a fixed seed; modes, buffers and seeds return after."""
+    """Eval mode, no gradients and a fixed seed; modes, buffers and seeds return afterwards."""
     modes = [(m, m.training) for m in module.modules()]
     devices = [p.device for p in module.parameters() if p.device.type == "cuda"][:1]
     with torch.no_grad(), unmoved_buffers(module), torch.random.fork_rng(devices):

@@ -76,7 +76,7 @@ class Supernet(nn.Module):
 
     @property
     def history(self) -> History:
-        """What every pass did to the graph of train mode (`histories` has "eval" where it differs)."""
+        """What every pass did to the train graph; `histories` has "eval" where it differs."""
         return self.histories["train"]
 
     @property
@@ -116,7 +116,7 @@ class Supernet(nn.Module):
             return self.subnet_graph(self._forced[-1])(*args, **kwargs)
         return self.graph_module(*args, **kwargs)
 
-    # -- parameters ----------------------------------------------------------------------------------
+    # -- parameters --------------------------------------------------------------------------------
 
     def weight_parameters(self) -> list[nn.Parameter]:
         """All parameters but those of the architecture."""
@@ -140,11 +140,11 @@ class Supernet(nn.Module):
         parameters = self.arch_parameters() or [nn.Parameter(torch.zeros(0))]
         return self.strategy.arch_optimizer(parameters, cls, **options)
 
-    # -- steps ---------------------------------------------------------------------------------------
+    # -- steps -------------------------------------------------------------------------------------
 
     @contextmanager
     def weight_step(self) -> Generator[None, None, None]:
-        """A step of the weights: draws a path where the strategy samples, alphas get no gradient.
+        """A step of the weights: draws a path where it samples, alphas get no gradient.
 
         Run forward and backward inside the block; let the optimizer step after it.
 
@@ -161,7 +161,7 @@ class Supernet(nn.Module):
 
     @contextmanager
     def arch_step(self) -> Generator[None, None, None]:
-        """A step of the architecture: draws a path where the strategy samples, weights get no gradient.
+        """A step of the architecture: draws a path where it samples, weights get no gradient.
 
         Raises:
             SearchError: steps are nested.
@@ -215,13 +215,13 @@ class Supernet(nn.Module):
         """The expected cost for every objective by name; empty, since none is declared."""
         return {}
 
-    # -- architectures -------------------------------------------------------------------------------
+    # -- architectures -----------------------------------------------------------------------------
 
     def probabilities(self) -> dict[str, Tensor]:
         """By label, the probability of every candidate, shape (candidates,), detached.
 
-        For an InputChoice, the probability that each input is among the chosen ones. An input choice
-        that is ranked by its edges (DARTS) has no entry.
+        For an InputChoice, the probability that each input is among the chosen ones. An input
+        choice that is ranked by its edges (DARTS) has no entry.
         """
         return self.strategy.probabilities(self._arch, self.space)
 
@@ -285,7 +285,7 @@ class Supernet(nn.Module):
             self._forced.pop()
 
     def subnet_graph(self, arch: Architecture) -> ModelGraph:
-        """The collapsed graph of a canonical architecture in the current mode, on the live tensors."""
+        """The collapsed graph of a canonical architecture, in this mode and on the live tensors."""
         mode = "train" if self.training or "eval" not in self.__dict__["_choice_graphs"] else "eval"
         cache: dict[Any, ModelGraph] = self.__dict__["_subnets"]
         key = arch, mode
@@ -355,8 +355,8 @@ def transform(
     """Rewrite every choice of `model` into what a search strategy needs.
 
     Args:
-        model: a module with LayerChoice and InputChoice modules. It stays as it is, but for its weights,
-            which the supernet shares and trains.
+        model: a module with LayerChoice and InputChoice modules. It stays as it is, but for its
+            weights, which the supernet shares and trains.
         strategy: "darts", "proxyless", "single-path", or an instance of a strategy.
         example_inputs: a tensor or a tuple for `model.forward`; with them shapes are known, so
             candidates that cannot be summed are refused here and not at the first step.

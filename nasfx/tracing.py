@@ -90,7 +90,7 @@ class Frame:
             stack.extend(c for c in reversed(candidates) if c is not None)
 
     def add(self, kind: str, value: torch.Tensor | nn.Module) -> str:
-        """Keep a constant or a module that the user's tree does not hold; the target to call it by."""
+        """Keep a constant or a module that the user's tree does not hold; its target."""
         name = f"{kind}_{len(self.added)}"
         self.added[name] = value
         return f"_traced.{name}"
@@ -137,8 +137,8 @@ class _ModelTracer(fx.Tracer):
         if changed:
             raise TraceError(
                 f"{type(root).__name__}.forward draws random numbers outside of the graph; tracing "
-                "would freeze them. Draw them with an operation on an input (torch.rand_like), or move "
-                "the code to a module of its own without choices"
+                "would freeze them. Draw them with an operation on an input (torch.rand_like), or "
+                "move the code to a module of its own without choices"
             )
         self.frames[0].graph = graph
         return self.frames[0]
@@ -183,8 +183,8 @@ class _ModelTracer(fx.Tracer):
         """Create a node with its provenance."""
         if _context() != self.context:
             raise TraceError(
-                f"{user_site()}: the code runs under torch.no_grad, inference_mode or autocast, which "
-                "a graph would lose"
+                f"{user_site()}: the code runs under torch.no_grad, inference_mode or autocast, "
+                "which a graph would lose"
             )
         node = self.graph.create_node(kind, target, args, kwargs, name, type_expr)
         origin = Provenance(user_site(), self.owners[-1], self.label, self.part)
@@ -246,8 +246,8 @@ class _ModelTracer(fx.Tracer):
             raise TraceError(f"{full} is among leaf_modules but holds a choice")
         if hooked and chooses:
             raise TraceError(
-                f"{full} ({type(m).__name__}) holds a choice and has forward or backward hooks, which "
-                "a graph would lose; remove them, or put them on a module without choices"
+                f"{full} ({type(m).__name__}) holds a choice and has forward or backward hooks, "
+                "which a graph would lose; remove them, or put them on a module without choices"
             )
         if hooked and not standard:
             self.opaque.setdefault(full, "has hooks, which tracing through it would lose")
@@ -313,8 +313,8 @@ class _ModelTracer(fx.Tracer):
                     call.candidates[name] = self._candidate(m, name, candidate, full, call)
         elif not _equal(call.structure, structure):
             raise TraceError(
-                f"{user_site()}: {m.described} is called again with other arguments; one choice must "
-                "be called with the same number of tensors and the same constants everywhere"
+                f"{user_site()}: {m.described} is called again with other arguments; one choice "
+                "must be called with the same number of tensors and the same constants everywhere"
             )
         frame.calls.setdefault(path, call)
 
@@ -379,7 +379,8 @@ def _cannot_trace(what: str, error: BaseException | None, reason: str = "") -> T
     detail = reason or f"{site}: {type(error).__name__}: {error}"
     return TraceError(
         f"cannot trace {what}: {detail}\n"
-        "A graph has no control flow that depends on tensor values or shapes, and no Python code on "
+        "A graph has no control flow that depends on tensor values or shapes, and no Python code "
+        "on "
         "tensors' contents. Move that code into a module of its own that holds no choice (it then "
         "becomes one opaque node), name such a module in leaf_modules, or write it with torch "
         "operations (torch.where, torch._assert)."
@@ -423,7 +424,8 @@ class TracedModel(nn.Module):
 
     Attributes:
         opaque: the reason, by module path, why a module stands as one node.
-        origin: the user's own module classes over the same tensors; runs eagerly, follows `train()`.
+        origin: the user's own module classes over the same tensors; runs eagerly, follows
+            `train()`.
     """
 
     def __init__(
@@ -586,7 +588,7 @@ def _leaf_modules(model: nn.Module, frame: Frame) -> Iterator[nn.Module]:
 
 
 def _assemble(root: nn.Module, frame: Frame, done: dict[int, ModelGraph]) -> ModelGraph:
-    """Put the traced graphs in place of the candidates below `root`, and the frame's own around it."""
+    """Put the traced graphs in place of the candidates below `root`, and of `root`."""
     for path, call in frame.calls.items():
         choice = root.get_submodule(path)
         choice.label = choice.label or default_label(join(frame.path, path))  # type: ignore[assignment]
@@ -642,8 +644,8 @@ def _check_choices(model: nn.Module, frames: Sequence[Frame]) -> None:
         if _signature(first) != _signature(choice):
             raise SpaceError(
                 f"choices with label {label!r} differ: {first.described} has {_signature(first)}, "
-                f"{choice.described} has {_signature(choice)}. Equal labels are one decision and need "
-                "the same candidates in the same order"
+                f"{choice.described} has {_signature(choice)}. Equal labels are one decision and "
+                "need the same candidates in the same order"
             )
 
 

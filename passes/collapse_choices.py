@@ -22,8 +22,9 @@ class CollapseChoices(Pass):
 
     Rules::
 
-        %y = call_module[block](%x)           ->  the nodes of block.conv3, or call_module[block.conv3](%x)
-        %y = call_module[skips]([%a, %b, %c]) ->  %y = operator.add(%a, %c)
+        %y = call_module[block](%x)           ->  the nodes of block.conv3, or
+        call_module[block.conv3](%x) %y = call_module[skips]([%a, %b, %c]) ->  %y = operator.add(%a,
+        %c)
 
     A choice that the architecture does not decide is inactive: nothing that is read depends on it.
     Its first candidate stands for it until remove-dead-code takes it away.

@@ -112,7 +112,8 @@ def _wrapped(choice: LayerChoice, name: str, call: fx.Node) -> fx.Graph:
     assert module is not None
     if module.state_dict():
         raise TraceError(
-            f"{choice.described}: candidate {name!r} ({type(module).__name__}) writes to its input in "
+            f"{choice.described}: candidate {name!r} ({type(module).__name__}) writes to its "
+            "input in "
             "place and has parameters or buffers; put it in an nn.Sequential, or set inplace=False"
         )
     graph = fx.Graph()
@@ -165,8 +166,8 @@ def _functionalize(node: fx.Node) -> None:
         base = memory(written)[-1]
         if written is not base:
             raise TraceError(
-                f"{provenance(node).site}: a candidate writes in place to a view of its input; other "
-                "candidates would see that. Use an operation that is not in place"
+                f"{provenance(node).site}: a candidate writes in place to a view of its input; "
+                "other candidates would see that. Use an operation that is not in place"
             )
         clone = node.graph.call_function(torch.clone, (written,))
         set_provenance(clone, provenance(node), made_by="")

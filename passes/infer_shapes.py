@@ -47,7 +47,7 @@ class InferShapes(Pass):
     exactness: ClassVar[Exactness] = Exactness.BITWISE
 
     def run(self, gm: fx.GraphModule, ctx: PassContext) -> bool:
-        """Interpret a fake copy and note the shapes on the nodes of `gm`; never changes the graph."""
+        """Interpret a fake copy and note the shapes on the nodes of `gm`; no node changes."""
         if ctx.example_inputs is None:
             return False
         with FakeTensorMode(allow_non_fake_inputs=True) as mode:

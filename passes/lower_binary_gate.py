@@ -31,8 +31,8 @@ class LowerBinaryGate(LowerSampledPath):
             conv3: Conv2d
             conv5: Conv2d
 
-    Refuses input choices that concatenate or list their inputs: the gradient of a gate needs an output
-    that the gate could have multiplied.
+    Refuses input choices that concatenate or list their inputs: the gradient of a gate needs an
+    output that the gate could have multiplied.
 
     Source: ProxylessNAS (arXiv 1812.00332), equations 1 to 4.
     """
@@ -47,9 +47,10 @@ class LowerBinaryGate(LowerSampledPath):
         """The module that takes an InputChoice's place."""
         if choice.reduction in ("concat", "none"):
             raise SpaceError(
-                f"{choice.described}: reduction {choice.reduction!r} has no binary gate: an input that is "
-                "left out has no place in the output, so its gate has no gradient. Use reduction='sum' "
-                "or 'mean', or a strategy that samples paths without gradients"
+                f"{choice.described}: reduction {choice.reduction!r} has no binary gate: an input "
+                "that is "
+                "left out has no place in the output, so its gate has no gradient. Use "
+                "reduction='sum' or 'mean', or a strategy that samples paths without gradients"
             )
         return InputBinaryGate(str(choice.label), choice.reduction, choice.n_chosen)
 

@@ -30,8 +30,8 @@ class LowerSampledPath(Pass):
             conv3: Conv2d
             conv5: Conv2d
 
-    The draws of choices inside candidates are handed in by label, and on to the candidate's graph as
-    further placeholders. Takes every choice.
+    The draws of choices inside candidates are handed in by label, and on to the candidate's graph
+    as further placeholders. Takes every choice.
 
     Source: SPOS (arXiv 1904.00420), section 3.2; one path is a subnet with the supernet's weights.
     """
@@ -63,7 +63,7 @@ class LowerSampledPath(Pass):
 
 
 class _Lowering:
-    """One run of the pass: what has been lowered, by identity, since modules and labels are shared."""
+    """One run of the pass: what has been lowered, by identity, since modules are shared."""
 
     def __init__(self, rules: LowerSampledPath, gm: fx.GraphModule) -> None:
         self.rules = rules
@@ -80,7 +80,7 @@ class _Lowering:
             self.by_label.setdefault(str(choice.label), choice)
 
     def graph(self, gm: fx.GraphModule, *, top: bool = False) -> tuple[str, ...]:
-        """Lower one graph; the labels that it reads, which below the top are its last placeholders."""
+        """Lower one graph; the labels that it reads, below the top its last placeholders."""
         if id(gm) in self.labels_of:
             return self.labels_of[id(gm)]
         draws: dict[str, fx.Node] = {}

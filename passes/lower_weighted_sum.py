@@ -40,9 +40,9 @@ class LowerWeightedSum(Pass):
         %block_conv5 = call_module[block.conv5](%x)
         %block = nasfx.ops.mix(%gate_block, [%block_conv3, %block_conv5, %x], label='block')
 
-    An InputChoice is mixed by the probabilities that its inputs are chosen. One in `summed` (its edges
-    have their own weights) adds all its inputs up. Refuses "concat" and "none", which have no weighted
-    form, and, where shapes are known, candidates of different output shapes.
+    An InputChoice is mixed by the probabilities that its inputs are chosen. One in `summed` (its
+    edges have their own weights) adds all its inputs up. Refuses "concat" and "none", which have no
+    weighted form, and, where shapes are known, candidates of different output shapes.
 
     Source: DARTS (arXiv 1806.09055), equation 2.
 
@@ -135,9 +135,10 @@ class LowerWeightedSum(Pass):
         label = str(choice.label)
         if choice.reduction in ("concat", "none"):
             raise SpaceError(
-                f"{choice.described}: reduction {choice.reduction!r} has no weighted sum: the mixture of "
-                "all inputs is one tensor. Use reduction='sum' or 'mean', or a strategy that samples one "
-                "path"
+                f"{choice.described}: reduction {choice.reduction!r} has no weighted sum: the "
+                "mixture of "
+                "all inputs is one tensor. Use reduction='sum' or 'mean', or a strategy that "
+                "samples one path"
             )
         inputs = cast("Sequence[fx.Node]", node.args[0])
         mean = choice.reduction == "mean"

@@ -191,8 +191,6 @@ def _exported(
 
 def _rename(model: Any, input_names: list[str], output_names: list[str]) -> None:
     """Give inputs and outputs their names; an inner value that has one already gives way."""
-    common = library("onnx_ir.passes.common", install="onnx-ir")
-    common.OutputFixPass()(model)  # An output that is an input, or is there twice.
     graph = model.graph
     ends = [*graph.inputs, *graph.outputs]
     names = list(input_names)

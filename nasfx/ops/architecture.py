@@ -16,8 +16,8 @@ class ArchState(nn.Module):
     """Parameters under their labels; `forward(label)` gives the drawn decision.
 
     Everything that a search changes beside the weights is in its state_dict, as tensors: the
-    parameters as `<label>`, the generator as `state.generator` and the draws as `state.path.<label>`
-    (labels hold no dot, so the names cannot meet).
+    parameters as `<label>`, the generator as `state.generator` and the draws as
+    `state.path.<label>` (labels hold no dot, so the names cannot meet).
 
     Attributes:
         generator: draws the paths.

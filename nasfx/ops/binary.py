@@ -92,7 +92,7 @@ def _wants_gradient(gate: Gate) -> bool:
 
 
 class BinaryGate(Switch):
-    """A LayerChoice under ProxylessNAS (`full_v2`): the drawn path runs, every gate gets a gradient.
+    """A LayerChoice under ProxylessNAS (`full_v2`): one path runs, every gate gets a gradient.
 
     While the gate's weights need no gradient (a weight step, evaluation) it is a plain switch. In
     backward the inactive candidates run without a graph and leave their buffers as they are.
@@ -136,8 +136,8 @@ class BinaryGate(Switch):
 class InputBinaryGate(InputSwitch):
     """An InputChoice under ProxylessNAS: the drawn inputs are reduced, every gate gets a gradient.
 
-    dL/dg_k is the derivative of the reduction by the weight of input k: <x_k, dL/do>, divided by the
-    number of chosen inputs for a mean. Inputs that were deferred are computed in backward.
+    dL/dg_k is the derivative of the reduction by the weight of input k: <x_k, dL/do>, divided by
+    the number of chosen inputs for a mean. Inputs that were deferred are computed in backward.
     """
 
     def forward(self, drawn: Gate, inputs: Sequence[Any]) -> Any:

@@ -127,7 +127,7 @@ def draw_subset(alpha: Tensor, n_chosen: int | None, generator: torch.Generator)
         if left == 0:
             break
         if left < len(values) - i:  # else all that remain are taken
-            # p(i in S | the choices before) = exp(alpha_i) E_(left-1)(after i) / E_left(i and after)
+            # p(i in S | those before) = exp(alpha_i) E_(left-1)(after i) / E_left(i and after)
             taking = values[i] + _log_subsets(values[i + 1 :], left - 1)
             if uniform[i] >= torch.exp(taking - _log_subsets(values[i:], left)):
                 continue

@@ -58,7 +58,8 @@ def unlike_shapes(label: str, shapes: Sequence[torch.Size | None], k: int, where
     """The message for candidates whose outputs cannot be summed."""
     listed = ", ".join("no tensor" if s is None else str(tuple(s)) for s in shapes)
     return (
-        f"choice {label!r}{where}: a weighted sum needs outputs of one shape, but candidate {k} differs: "
+        f"choice {label!r}{where}: a weighted sum needs outputs of one shape, but candidate {k} "
+        "differs: "
         f"{listed}. Make the candidates agree (stride, padding, channels), or use a strategy that "
         "samples one path"
     )

@@ -21,13 +21,13 @@ def refuse_proxies(module: nn.Module, *args: Any) -> None:
     """Raise TraceError where a foreign tracer calls `module`: its gradient would be lost."""
     if any(isinstance(leaf, Proxy) for leaf in pytree.tree_leaves(args)):
         raise TraceError(
-            f"{type(module).__name__} is one node of a lowered graph and must not be traced through: "
-            "make it a leaf of your tracer, or finalize the net first"
+            f"{type(module).__name__} is one node of a lowered graph and must not be traced "
+            "through: make it a leaf of your tracer, or finalize the net first"
         )
 
 
 class Deferred:
-    """The value of a producer that the current path does not need; `force` computes it after all."""
+    """The value of a producer that the current path does not need; `force` computes it."""
 
     def __init__(self, body: nn.Module, inputs: Sequence[Any]) -> None:
         self.body, self.inputs = body, inputs
@@ -79,14 +79,17 @@ def decision_of(drawn: Decision | Gate) -> Decision:
     return drawn.decision if isinstance(drawn, Gate) else drawn
 
 
+Clause = Sequence[tuple[int, tuple[Any, ...]]]
+"""Draws by position with the values of which each must have one; all must hold."""
+
+
 @graph_function
-def demanded(drawn: Sequence[Decision | Gate], clauses: Sequence[Sequence[tuple[int, tuple[Any, ...]]]]) -> bool:  # fmt: skip
+def demanded(drawn: Sequence[Decision | Gate], clauses: Sequence[Clause]) -> bool:
     """Whether the current path needs a producer.
 
     Args:
         drawn: the draws that it depends on.
-        clauses: alternatives, of which one suffices; each lists (position in `drawn`, values), all
-            of which must be drawn. For inputs, EMPTY stands for the empty subset.
+        clauses: alternatives, of which one suffices. For inputs, EMPTY stands for the empty subset.
     """
     return any(
         all(_drawn(decision_of(drawn[i]), values) for i, values in all_of) for all_of in clauses
@@ -124,8 +127,8 @@ class Switch(nn.Module):
     """A LayerChoice that runs the drawn candidate alone, under the user's names.
 
     `names` are the candidates that may be drawn; `relaxed_only` ones are children all the same.
-    `forward(drawn, args, kwargs, gates)`: the drawn name, the call's arguments, and the draws of the
-    choices inside the candidates by label.
+    `forward(drawn, args, kwargs, gates)`: the drawn name, the call's arguments, and the draws of
+    the choices inside the candidates by label.
     """
 
     holds_graphs = True

@@ -1,7 +1,7 @@
 """What a node changes besides computing its value: one table for every pass that moves or deletes.
 
 `fx.Graph.eliminate_dead_code` deletes in-place operations whose result nobody reads, and with them
-updates of buffers. Here a node that writes to a tensor is needed as long as somebody sees the write.
+updates of buffers. Here a node that writes is needed as long as somebody sees the write.
 """
 
 from __future__ import annotations

@@ -278,7 +278,7 @@ def shallow_container(module: nn.Module) -> nn.Module:
 
 
 def copy_graph_module(gm: ModelGraph) -> ModelGraph:
-    """A copy whose graphs and containers are its own and whose leaf modules are the same objects."""
+    """A copy with graphs and containers of its own, over the same leaf module objects."""
     memo: dict[int, nn.Module] = {}
     for _, inner in graphs(gm):
         for leaf in leaves(inner):

@@ -103,8 +103,8 @@ class Pass(ABC):
             raise
         except Exception as error:
             raise PassError(
-                f"pass {self.name} failed: {type(error).__name__}: {error}. This is a mistake in the "
-                "pass, not in the model"
+                f"pass {self.name} failed: {type(error).__name__}: {error}. This is a mistake in "
+                "the pass, not in the model"
             ) from error
         if not isinstance(changed, bool):
             raise PassError(f"pass {self.name}: run must return True or False, not {changed!r}")

@@ -124,8 +124,8 @@ class Pipeline:
             places = [i for i, stage in enumerate(stages) if new.consumes in (stage, ANY)]
             if not places or new.produces != new.consumes:
                 raise PassError(
-                    f"pass {new.name} goes from {new.consumes} to {new.produces}; this pipeline has "
-                    f"room for passes within {', '.join(dict.fromkeys(map(str, stages)))}"
+                    f"pass {new.name} goes from {new.consumes} to {new.produces}; this pipeline "
+                    f"has room for passes within {', '.join(dict.fromkeys(map(str, stages)))}"
                 )
             passes.insert(places[-1], new)
         return Pipeline(tuple(passes))
@@ -157,8 +157,8 @@ class Pipeline:
         for rewrite in self.passes:
             if rewrite.consumes not in (stage, ANY):
                 raise PassError(
-                    f"pass {rewrite.name} takes a graph in stage {rewrite.consumes}, but here it is in "
-                    f"stage {stage}"
+                    f"pass {rewrite.name} takes a graph in stage {rewrite.consumes}, but here it "
+                    f"is in stage {stage}"
                 )
             ctx.skips.clear()
             ctx.stage = stage

@@ -48,7 +48,8 @@ def verify(gm: fx.GraphModule, stage: Stage, after: str = "") -> None:
             where = f" of {path}" if path else ""
             raise explained(
                 VerifyError(
-                    f"{'after ' + after + ': ' if after else ''}node %{node.name}{where} breaks a rule "
+                    f"{'after ' + after + ': ' if after else ''}node %{node.name}{where} breaks a "
+                    "rule "
                     f"of stage {stage}: {reason}" + (f" ({origin.site})" if origin.site else "")
                 ),
                 node,

@@ -46,24 +46,26 @@ def search(
 
     Args:
         net: what `transform` made. It is moved to the fabric's device and trained.
-        train: batches (inputs, target), a DataLoader or any iterable that can be gone through again;
-            inputs are a tensor or a tuple of them.
+        train: batches (inputs, target), a DataLoader or any iterable that can be gone through
+            again; inputs are a tensor or a tuple of them.
         valid: likewise; for arch steps it is gone through as often as needed.
         loss: loss(outputs, target) -> 0-d tensor, a batch mean.
         epochs: how often the training data is gone through.
-        metric: metric(outputs, target) -> a batch mean, higher is better; by default minus the loss.
-        optimizers: (of the weights, of the architecture); by default SGD(0.025, momentum 0.9) with a
-            cosine schedule over the epochs, and the paper's.
+        metric: metric(outputs, target) -> a batch mean, higher is better; by default minus the
+            loss.
+        optimizers: (of the weights, of the architecture); by default SGD(0.025, momentum 0.9) with
+            a cosine schedule over the epochs, and the paper's.
         warmup: epochs, or a fraction of them if below 1, in which only weights are trained.
         clip_norm: clip the weights' gradients to this norm.
         seed: for the drawn paths; without it the net goes on with its own generator. Data order and
             dropout follow torch's global generator and the loaders.
-        fabric: a launched Lightning Fabric, for devices and mixed precision; by default one CPU process.
+        fabric: a launched Lightning Fabric, for devices and mixed precision; by default one CPU
+            process.
         console: where progress goes; by default the terminal, and nowhere if there is none.
 
     Raises:
-        SearchError: wrong arguments, an empty loader, or a loss, gradient or metric that is not finite:
-            it names the choice, the candidate and the line of the model that produced the value.
+        SearchError: wrong arguments, an empty loader, or a loss, gradient or metric that is not
+            finite: it names the choice, the candidate and the line of the model that produced it.
 
     Example:
         >>> # result = search(net, train, valid, loss=F.cross_entropy, epochs=20)
@@ -112,7 +114,7 @@ class _Run:
     def _loader(self, data: Any) -> Any:
         return self.fabric.setup_dataloaders(data) if isinstance(data, DataLoader) else data
 
-    # -- steps ---------------------------------------------------------------------------------------
+    # -- steps -------------------------------------------------------------------------------------
 
     def _batches(self, data: Any, what: str) -> Iterator[tuple[tuple[Any, ...], Any]]:
         empty = True
@@ -188,7 +190,7 @@ class _Run:
             self.net.train(was)
         return total / count
 
-    # -- the loop --------------------------------------------------------------------------------------
+    # -- the loop ----------------------------------------------------------------------------------
 
     def run(self, console: Console) -> SearchResult:
         """All epochs, then the strategy's conclusion."""

@@ -38,15 +38,15 @@ class _FirstNonFinite(fx.Interpreter):
 def nonfinite_error(net: Supernet, inputs: tuple[Any, ...], when: str) -> SearchError:
     """The error for a loss, or a gradient of the architecture, that is not finite.
 
-    Runs subnets one after the other, the current one first and then with each candidate of each choice
-    in turn, until one produces the value.
+    Runs subnets one after the other, the current one first and then with each candidate of each
+    choice in turn, until one produces the value.
     """
     if not finite(inputs):
         return SearchError(f"{when}: the batch itself holds values that are not finite")
     if not all(finite(p) for p in net.parameters()):
         return SearchError(
-            f"{when}: parameters are not finite any more, so an earlier step made them so; lower the "
-            "learning rate, or clip the gradients"
+            f"{when}: parameters are not finite any more, so an earlier step made them so; lower "
+            "the learning rate, or clip the gradients"
         )
     for arch in _subnets(net):
         interpreter = _FirstNonFinite(net.subnet_graph(arch))
@@ -63,8 +63,8 @@ def nonfinite_error(net: Supernet, inputs: tuple[Any, ...], when: str) -> Search
                 else "a part that belongs to no choice"
             )  # fmt: skip
             return SearchError(
-                f"{when}: the first value that is not finite comes from {format_node(node)}, {whose} "
-                f"({origin.site}), in the architecture {dict(arch)}"
+                f"{when}: the first value that is not finite comes from {format_node(node)}, "
+                f"{whose} ({origin.site}), in the architecture {dict(arch)}"
             )
     return SearchError(f"{when}: every subnet's output is finite, so it is the loss that is not")
 

@@ -52,7 +52,7 @@ class Strategy(ABC):
         """
 
     def probabilities(self, arch: ArchState, space: SearchSpace) -> dict[str, Tensor]:
-        """By label, the probability that each candidate is chosen (of inputs: that it is among them)."""
+        """By label, the probability that each candidate is chosen, or is among the chosen."""
         alphas = arch.alphas()
         return {
             choice.label: choice_probabilities(choice, alphas[choice.label].detach())

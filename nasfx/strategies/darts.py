@@ -21,14 +21,15 @@ from nasfx.strategies.base import Strategy, choice_probabilities, derive_most_pr
 class Darts(Strategy):
     """First-order DARTS (arXiv 1806.09055): weights and alphas descend in turn on the mixture.
 
-    Each LayerChoice is sum_k softmax(alpha)_k o_k(x), equation 2. An InputChoice whose inputs each come
-    straight from a LayerChoice of their own (an edge of a DARTS cell) sums all of them and has no
-    alpha; the n_chosen edges with the largest probability of a candidate other than a `relaxed_only`
-    one are derived, ties to the lower index. Other input choices have an alpha per input.
+    Each LayerChoice is sum_k softmax(alpha)_k o_k(x), equation 2. An InputChoice whose inputs each
+    come straight from a LayerChoice of their own (an edge of a DARTS cell) sums all of them and has
+    no alpha; the n_chosen edges with the largest probability of a candidate other than a
+    `relaxed_only` one are derived, ties to the lower index. Other input choices have an alpha per
+    input.
 
     Attributes:
-        inputs: "sum", the paper's form above; "softmax", NNI's, in which edges are weighted by an alpha
-            of their own as well.
+        inputs: "sum", the paper's form above; "softmax", NNI's, in which edges are weighted by an
+            alpha of their own as well.
     """
 
     inputs: str = "sum"

@@ -19,13 +19,15 @@ from nasfx.strategies.base import Strategy, choosable, derive_most_probable
 
 @dataclass(frozen=True)
 class Proxyless(Strategy):
-    """ProxylessNAS with gradient-based gates, the authors' `full_v2` (arXiv 1812.00332, section 3.2).
+    """ProxylessNAS with gradient-based gates, the authors' `full_v2`.
 
-    Every step draws a path from the softmax of the alphas. A weight step trains the drawn path. An arch
-    step gives dL/dalpha = p (b - <p, b>) with b_k = <o_k(x), dL/do>, for which the candidates off the path
-    run once without a graph, one after the other: only the drawn path's activations are kept, and
-    the others' batch norms do not move. Where the loss is not linear in the choice's output this is
-    a first-order estimate of the gradient of the expected loss.
+    Source: arXiv 1812.00332, section 3.2.
+
+    Every step draws a path from the softmax of the alphas. A weight step trains the drawn path. An
+    arch step gives dL/dalpha = p (b - <p, b>) with b_k = <o_k(x), dL/do>, for which the candidates
+    off the path run once without a graph, one after the other: only the drawn path's activations
+    are kept, and the others' batch norms do not move. Where the loss is not linear in the choice's
+    output this is a first-order estimate of the gradient of the expected loss.
     """
 
     name: ClassVar[str] = "proxyless"

@@ -22,8 +22,8 @@ class SinglePath(Strategy):
     """SPOS (arXiv 1904.00420): every weight step trains one uniformly drawn path.
 
     Nothing is learned about the architecture while training, so there are no alphas and nothing to
-    derive. `search` ends by evaluating `final_samples` uniformly drawn, different architectures under the
-    shared weights and returns the best.
+    derive. `search` ends by evaluating `final_samples` uniformly drawn, different architectures
+    under the shared weights and returns the best.
 
     Attributes:
         final_samples: how many architectures are evaluated at the end; all of a smaller space.
@@ -62,9 +62,9 @@ class SinglePath(Strategy):
     def derive(self, arch: ArchState, space: SearchSpace) -> Architecture:
         """Nothing to derive."""
         raise SearchError(
-            "single-path learns no distribution over architectures, so nothing can be derived from it: "
-            "nasfx.search returns the best architecture that it evaluated (result.architecture), or give "
-            "an architecture of your own, nasfx.finalize(net, arch)"
+            "single-path learns no distribution over architectures, so nothing can be derived "
+            "from it: nasfx.search returns the best architecture that it evaluated "
+            "(result.architecture), or give one of your own, nasfx.finalize(net, arch)"
         )
 
     def conclude(self, space: SearchSpace, arch: ArchState, evaluate: Evaluate) -> Architecture:
@@ -75,7 +75,7 @@ class SinglePath(Strategy):
 def best_of(
     space: SearchSpace, generator: torch.Generator, n: int, evaluate: Evaluate
 ) -> Architecture:
-    """The best of `n` different, uniformly drawn architectures, or of all where there are no more."""
+    """The best of `n` different, uniformly drawn architectures; of all if there are no more."""
     if space.size <= n:
         drawn = list(space.enumerate())
     else:
