@@ -66,6 +66,16 @@ class Supernet(nn.Module):
         self._step = ""
         self._forced: list[Architecture] = []
         self.training = traced.training
+        self._generate_code()
+
+    def _generate_code(self) -> None:
+        # Now and not at the first call, which torch.compile may be tracing.
+        for gm in self.__dict__["_lowered"].values():
+            gm.generate_code()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._generate_code()
 
     # -- what it is --------------------------------------------------------------------------------
 

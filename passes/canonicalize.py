@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import fx
 
-from nasfx.rewriting.editing import is_identity
+from nasfx.rewriting.editing import is_identity, replace
 from nasfx.rewriting.graph import graphs
 from nasfx.rewriting.passes import Exactness, Pass, PassContext
 from nasfx.rewriting.verifier import ANY, Stage
@@ -15,12 +16,13 @@ from nasfx.rewriting.verifier import ANY, Stage
 
 @dataclass(frozen=True)
 class Canonicalize(Pass):
-    """Read every tensor by one node, and drop identities.
+    """Read every tensor by one node, drop identities, and take literals apart.
 
     Rules::
 
         %a = get_attr[w] ... %b = get_attr[w]     ->  %a = get_attr[w], read in both places
         %y = call_module[identity](%x)            ->  %x
+        %y = operator.getitem((%a, %b), 1)        ->  %b
 
     Declines an identity that has hooks: they are the user's code.
     """
@@ -36,6 +38,7 @@ class Canonicalize(Pass):
         for _, inner in graphs(gm):
             changed |= self._merge_reads(inner)
             changed |= self._drop_identities(inner, ctx)
+            changed |= self._take_apart(inner)
         return changed
 
     def _merge_reads(self, gm: fx.GraphModule) -> bool:
@@ -46,6 +49,16 @@ class Canonicalize(Pass):
             if known is not node:
                 node.replace_all_uses_with(known)
                 gm.graph.erase_node(node)
+                changed = True
+        return changed
+
+    def _take_apart(self, gm: fx.GraphModule) -> bool:
+        """Inlined candidates that return a tuple or a dict leave its items to be taken out."""
+        changed = False
+        for node in list(gm.graph.find_nodes(op="call_function", target=operator.getitem)):
+            container: Any = node.args[0]
+            if isinstance(container, tuple | list | dict):
+                replace(node, container[node.args[1]])
                 changed = True
         return changed
 

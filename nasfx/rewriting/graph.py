@@ -94,19 +94,20 @@ class ModelGraph(fx.GraphModule):
             del type(self).forward
         self.__dict__["_code"] = ""
 
-    def _compiled(self) -> type:
+    def generate_code(self) -> None:
+        """Generate the code, if that was not done since the last `recompile`."""
         if "forward" not in vars(type(self)):
             super().recompile()
-        return type(self)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Generate the code, then run it; `recompile` installs it in place of this method."""
-        return self._compiled().forward(self, *args, **kwargs)
+        self.generate_code()
+        return type(self).forward(self, *args, **kwargs)
 
     @property
     def code(self) -> str:
         """The generated Python source."""
-        self._compiled()
+        self.generate_code()
         return self._code
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ModelGraph:
