@@ -7,6 +7,7 @@ Mark choices in a model with `LayerChoice` and `InputChoice`, `transform` it for
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from nasfx.architecture import Architecture
 from nasfx.choice import InputChoice, LayerChoice, activated
 from nasfx.errors import (
     CheckpointError,
@@ -20,7 +21,7 @@ from nasfx.errors import (
     VerifyError,
 )
 from nasfx.explaining import explain
-from nasfx.space import Architecture, SearchSpace, search_space
+from nasfx.space import SearchSpace, search_space
 from nasfx.strategies import Darts, Proxyless, SinglePath
 from nasfx.subnet import finalize
 from nasfx.supernet import Supernet, transform

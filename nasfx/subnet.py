@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
+from nasfx.architecture import Architecture
 from nasfx.choice import activated
 from nasfx.errors import NasfxError, SearchError, SpaceError, VerifyError
 from nasfx.ops.select import unmoved_buffers
@@ -19,7 +20,7 @@ from nasfx.passes import Canonicalize, RemoveDeadCode
 from nasfx.rewriting.graph import ModelGraph, clone_tree, provenance
 from nasfx.rewriting.passes import PassContext
 from nasfx.rewriting.printing import format_node
-from nasfx.space import Architecture, SearchSpace, space_of
+from nasfx.space import SearchSpace, space_of
 from nasfx.supernet import Supernet, collapsed
 from nasfx.tracing import TracedModel, as_tuple, trace, trace_active
 

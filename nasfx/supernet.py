@@ -10,14 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from nasfx.architecture import Architecture
 from nasfx.errors import SearchError, SpaceError
-from nasfx.ops.architecture import ArchState
+from nasfx.ops.arch_state import ArchState
 from nasfx.ops.gates import inclusion_gate, softmax_gate
 from nasfx.passes import Canonicalize, CollapseChoices, InferShapes, RemoveDeadCode
 from nasfx.rewriting.graph import ModelGraph, copy_graph_module
 from nasfx.rewriting.passes import Pass, PassContext
 from nasfx.rewriting.pipeline import History, Pipeline
-from nasfx.space import Architecture, SearchSpace, space_of
+from nasfx.space import SearchSpace, space_of
 from nasfx.strategies import Strategy, strategy_named
 from nasfx.strategies.base import Evaluate
 from nasfx.tracing import TracedModel, as_tuple, trace

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, cast
 from torch import fx, nn
 
 from nasfx.choice import EMPTY
-from nasfx.ops.architecture import ArchState
+from nasfx.ops.arch_state import ArchState
 from nasfx.ops.select import Demanded, InputSwitch, Switch, demanded
 from nasfx.ops.stages import SUPERNET
 from nasfx.rewriting.effects import always_needed, observers

@@ -50,7 +50,7 @@ class LowerWeightedSum(Pass):
         summed: labels of input choices without weights of their own.
     """
 
-    summed: frozenset[str] = frozenset()
+    summed: tuple[str, ...] = ()
 
     name: ClassVar[str] = "lower-weighted-sum"
     consumes: ClassVar[Stage] = CHOICE

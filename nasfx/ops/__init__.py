@@ -1,6 +1,6 @@
 """What may stand in a lowered graph: gates, mixtures, sampled switches, and the stages' rules."""
 
-from nasfx.ops.architecture import ArchState as ArchState
+from nasfx.ops.arch_state import ArchState as ArchState
 from nasfx.ops.binary import BinaryGate as BinaryGate
 from nasfx.ops.binary import InputBinaryGate as InputBinaryGate
 from nasfx.ops.function import graph_function as graph_function

@@ -12,7 +12,7 @@ from __future__ import annotations
 from torch import fx
 
 from nasfx.choice import Choice, InputChoice, LayerChoice
-from nasfx.ops.architecture import ArchState
+from nasfx.ops.arch_state import ArchState
 from nasfx.ops.select import Demanded, InputSwitch, Switch
 from nasfx.rewriting.graph import tensor_leaves
 from nasfx.rewriting.verifier import Stage

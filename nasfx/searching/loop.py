@@ -13,10 +13,10 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from nasfx.architecture import Architecture
 from nasfx.errors import SearchError
 from nasfx.searching.nonfinite import nonfinite_error
 from nasfx.searching.result import SearchResult
-from nasfx.space import Architecture
 from nasfx.supernet import Supernet
 
 Loss = Callable[[Any, Any], Tensor]

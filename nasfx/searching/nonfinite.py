@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
+from nasfx.architecture import Architecture
 from nasfx.errors import SearchError
 from nasfx.rewriting.graph import provenance
 from nasfx.rewriting.printing import format_node
-from nasfx.space import Architecture
 from nasfx.subnet import evaluating
 from nasfx.supernet import Supernet
 

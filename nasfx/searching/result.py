@@ -10,7 +10,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from nasfx.space import Architecture
+from nasfx.architecture import Architecture
 
 
 @dataclass(frozen=True)

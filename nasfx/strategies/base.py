@@ -10,12 +10,13 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from nasfx.architecture import Architecture, SpaceChoice
 from nasfx.choice import Decision
 from nasfx.errors import SearchError
-from nasfx.ops.architecture import ArchState
+from nasfx.ops.arch_state import ArchState
 from nasfx.ops.gates import inclusion_probabilities
 from nasfx.rewriting.passes import Pass
-from nasfx.space import Architecture, SearchSpace, SpaceChoice
+from nasfx.space import SearchSpace
 
 Evaluate = Callable[[Architecture], float]
 """The validation metric of one architecture under the shared weights; higher is better."""

@@ -8,12 +8,13 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
+from nasfx.architecture import Architecture, SpaceChoice
 from nasfx.choice import Decision
 from nasfx.errors import SearchError
-from nasfx.ops.architecture import ArchState
+from nasfx.ops.arch_state import ArchState
 from nasfx.passes import FunctionalizeInplace, LowerWeightedSum
 from nasfx.rewriting.passes import Pass
-from nasfx.space import Architecture, SearchSpace, SpaceChoice
+from nasfx.space import SearchSpace
 from nasfx.strategies.base import Strategy, choice_probabilities, derive_most_probable
 
 
@@ -47,7 +48,7 @@ class Darts(Strategy):
 
     def passes(self, space: SearchSpace) -> tuple[Pass, ...]:
         """Candidates off shared memory, then the weighted sum."""
-        summed = frozenset(c.label for c in space.choices if self.edge_scored(c))
+        summed = tuple(c.label for c in space.choices if self.edge_scored(c))
         return FunctionalizeInplace(), LowerWeightedSum(summed)
 
     def candidates(self, choice: SpaceChoice) -> tuple[Any, ...]:

@@ -8,12 +8,13 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from nasfx.architecture import Architecture, SpaceChoice
 from nasfx.choice import Decision
 from nasfx.errors import SearchError
-from nasfx.ops.architecture import ArchState
+from nasfx.ops.arch_state import ArchState
 from nasfx.passes import DeferProducers, LowerSampledPath
 from nasfx.rewriting.passes import Pass
-from nasfx.space import Architecture, SearchSpace, SpaceChoice
+from nasfx.space import SearchSpace
 from nasfx.strategies.base import Evaluate, Strategy, choosable
 
 
