@@ -32,11 +32,21 @@ class TensorLeaf:
     """Stands, in the structure of a traced call, for an argument that is a tensor."""
 
 
+def _may_be_named(name: object) -> bool:
+    """Whether an attribute of this name can be written in a graph's generated source."""
+    return (
+        isinstance(name, str) and bool(name) and name.isprintable() and not set(name) & set('."\\')
+    )
+
+
 def _checked_label(label: str | None, site: str) -> str | None:
     if label is None:
         return None
-    if not isinstance(label, str) or not label or "." in label:
-        raise SpaceError(f"{site}: a label is a non-empty string without dots, not {label!r}")
+    if not _may_be_named(label):
+        raise SpaceError(
+            f"{site}: a label is a non-empty, printable string without dots, double quotes and "
+            f"backslashes, not {label!r}"
+        )
     if hasattr(_MODULE, label):
         raise SpaceError(f"{site}: label {label!r} is an attribute of nn.Module; choose another")
     return label
@@ -92,12 +102,11 @@ class LayerChoice(nn.Module):
                     f"{site}: candidate {name!r} is a {type(candidate).__name__}, not an "
                     "nn.Module; wrap a function in a module, and call a class to get an instance"
                 )
-            bad = not isinstance(name, str) or not name or "." in name or keyword.iskeyword(name)
-            if bad or name in reserved:
+            if not _may_be_named(name) or keyword.iskeyword(name) or name in reserved:
                 raise SpaceError(
-                    f"{site}: {name!r} cannot be a candidate's name: it must be a non-empty string "
-                    "without dots, no keyword of Python and no attribute of nn.Module or "
-                    "LayerChoice"
+                    f"{site}: {name!r} cannot be a candidate's name: it must be a non-empty, "
+                    "printable string without dots, double quotes and backslashes, no keyword of "
+                    "Python and no attribute of nn.Module or LayerChoice"
                 )
             self.add_module(name, candidate)
         if isinstance(relaxed_only, str) or set(relaxed_only) - set(candidates):

@@ -9,7 +9,7 @@ from typing import Any, cast
 from torch import fx
 
 from nasfx.choice import EMPTY, Choice, InputChoice, LayerChoice
-from nasfx.rewriting.effects import always_needed, observers
+from nasfx.rewriting.effects import Effects
 from nasfx.rewriting.graph import join, tensor_leaves
 
 Literal = tuple[str, frozenset[Any]]
@@ -102,10 +102,11 @@ Demands = dict[tuple[int, Literal | None], None]
 
 def _demands(gm: fx.GraphModule, index: Mapping[fx.Node, int]) -> dict[fx.Node, Demands | None]:
     """For every node, the choice calls that need it and when; None where it is always needed."""
+    effects = Effects(gm.graph)
     needs: dict[fx.Node, Demands | None] = {}
     for node in reversed(gm.graph.nodes):
-        demands: Demands | None = None if always_needed(node) else {}
-        for user in observers(node):
+        demands: Demands | None = None if effects.always_needed(node) else {}
+        for user in effects.observers(node):
             if demands is None:
                 break
             if user in index:

@@ -16,9 +16,7 @@ from torch.utils import _pytree as pytree
 
 from nasfx.choice import Choice, InputChoice, LayerChoice, TensorLeaf, default_label
 from nasfx.errors import SpaceError, TraceError, error_site, user_site
-from nasfx.rewriting.graph import Provenance, join, set_provenance
-
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+from nasfx.rewriting.graph import Provenance, has_hooks, join, set_provenance
 
 
 @dataclass
@@ -222,7 +220,7 @@ class ModelTracer(fx.Tracer):
         named = full in self.leaf_modules or isinstance(
             m, tuple(t for t in self.leaf_modules if isinstance(t, type))
         )
-        hooked = any(getattr(m, hooks, None) for hooks in _HOOKS)
+        hooked = has_hooks(m)
         standard = self.is_leaf_module(m, full)
         if named and chooses:
             raise TraceError(f"{full} is among leaf_modules but holds a choice")

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 from torch import fx
 
 from nasfx.rewriting.editing import is_identity, replace
-from nasfx.rewriting.graph import graphs
+from nasfx.rewriting.graph import graphs, has_hooks
 from nasfx.rewriting.passes import Exactness, Pass, PassContext
 from nasfx.rewriting.verifier import ANY, Stage
 
@@ -68,7 +68,7 @@ class Canonicalize(Pass):
             module = gm.get_submodule(str(node.target))
             if not is_identity(module) or len(node.args) != 1:
                 continue
-            if module._forward_hooks or module._forward_pre_hooks:
+            if has_hooks(module):
                 ctx.skip(node, "the identity has hooks")
                 continue
             (value,) = node.args

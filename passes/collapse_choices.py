@@ -10,7 +10,7 @@ from torch import fx
 
 from nasfx.choice import Choice, Decision, InputChoice, reduce_inputs
 from nasfx.ops.stages import CHOICE, SUBNET
-from nasfx.rewriting.editing import inline, replace
+from nasfx.rewriting.editing import compute, inline, replace
 from nasfx.rewriting.graph import provenance, set_provenance, tensor_leaves
 from nasfx.rewriting.passes import Exactness, Pass, PassContext
 from nasfx.rewriting.verifier import Stage
@@ -86,13 +86,6 @@ class CollapseChoices(Pass):
         return [n for n in new if n.op == "call_module"]
 
     def _reduce(self, node: fx.Node, choice: InputChoice, chosen: Sequence[int]) -> list[fx.Node]:
-        before = node.prev
-        inputs = [fx.Proxy(n) for n in cast("Sequence[fx.Node]", node.args[0])]
-        result: Any = reduce_inputs(inputs, chosen, choice.reduction)
-        made = before.next
-        while made is not node:
-            set_provenance(made, provenance(node))
-            made = made.next
-        value = [p.node for p in result] if isinstance(result, list) else result.node
-        replace(node, value)
+        inputs = cast("Sequence[fx.Node]", node.args[0])
+        replace(node, compute(node, lambda xs: reduce_inputs(xs, chosen, choice.reduction), inputs))
         return []

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Any, ClassVar, cast
 
@@ -12,7 +12,7 @@ from nasfx.choice import EMPTY
 from nasfx.ops.arch_state import ArchState
 from nasfx.ops.select import Demanded, InputSwitch, Switch, demanded
 from nasfx.ops.stages import SUPERNET
-from nasfx.rewriting.effects import always_needed, observers
+from nasfx.rewriting.effects import Effects
 from nasfx.rewriting.graph import (
     ModelGraph,
     free_name,
@@ -46,7 +46,8 @@ class DeferProducers(Pass):
         %y = call_module[_deferred_0](%needed, %x, ...)    holds the nodes; skipped unless needed
         %s = call_module[skips](%drawn_skips, [%x, %y])
 
-    Declines a node whose need takes more than 64 alternatives to say; it then always runs.
+    Declines a node whose need takes more than 64 alternatives to say, and nodes whose memory is
+    written in place elsewhere, since their order matters; these always run.
     """
 
     name: ClassVar[str] = "defer-producers"
@@ -58,20 +59,32 @@ class DeferProducers(Pass):
         """Defer in every graph."""
         changed = False
         for _, inner in list(graphs(gm)):
-            needs = self._needs(inner, ctx)
-            for nodes in _regions(inner.graph, needs):
+            effects = Effects(inner.graph)
+            pinned: set[fx.Node] = set()
+            while True:
+                needs = self._needs(inner, effects, pinned, ctx)
+                regions = _regions(inner.graph, effects, needs)
+                written = [nodes for nodes in regions if _order_matters(effects, nodes)]
+                for nodes in written:
+                    ctx.skip(nodes[-1], "memory that it shares is written in place elsewhere")
+                    pinned.update(nodes)
+                if not written:
+                    break
+            for nodes in regions:
                 self._outline(inner, nodes, needs[nodes[-1]])
                 changed = True
         return changed
 
-    def _needs(self, gm: fx.GraphModule, ctx: PassContext) -> dict[fx.Node, Need]:
+    def _needs(
+        self, gm: fx.GraphModule, effects: Effects, pinned: Set[fx.Node], ctx: PassContext
+    ) -> dict[fx.Node, Need]:
         needs: dict[fx.Node, Need] = {}
         every: dict[fx.Node, frozenset[Any]] = {}
         for node in reversed(gm.graph.nodes):
             need: set[Clause] = set()
-            if always_needed(node) or _is_gate(gm, node):
+            if effects.always_needed(node) or _is_gate(gm, node) or node in pinned:
                 need = set(ALWAYS)
-            for user in observers(node):
+            for user in effects.observers(node):
                 when = _reads_when(gm, user, node, every)
                 for clause in needs[user]:
                     if when is None:
@@ -103,7 +116,7 @@ class DeferProducers(Pass):
         body.output(new_of[last])
         name = free_name(gm, "_deferred")
         gm._modules[name] = Demanded(ModelGraph(gm, body, "Deferred"))
-        draws = list(dict.fromkeys(drawn for clause in need for drawn, _ in clause))
+        draws = sorted({drawn for clause in need for drawn, _ in clause})
         clauses = sorted(
             sorted((draws.index(d), tuple(sorted(values))) for d, values in clause)
             for clause in need
@@ -118,16 +131,36 @@ class DeferProducers(Pass):
             graph.erase_node(node)
 
 
-def _regions(graph: fx.Graph, needs: Mapping[fx.Node, Need]) -> list[list[fx.Node]]:
+def _order_matters(effects: Effects, nodes: Sequence[fx.Node]) -> bool:
+    """Whether `nodes` touch memory that is written in place, and not by and for them alone."""
+    inside, last = set(nodes), nodes[-1]
+    first_touch: dict[fx.Node, fx.Node] = {}
+    for node in nodes:
+        for touched in (node, *node.all_input_nodes):
+            first_touch.setdefault(effects.base[touched], node)
+    for base, first in first_touch.items():
+        writers = effects.writers.get(base, [])
+        if any(writer not in inside and first < writer for writer in writers):
+            return True
+        if any(writer in inside for writer in writers) and any(
+            other not in inside and other < last for other in effects.sharing[base]
+        ):
+            return True
+    return False
+
+
+def _regions(
+    graph: fx.Graph, effects: Effects, needs: Mapping[fx.Node, Need]
+) -> list[list[fx.Node]]:
     """Nodes of one need with one result, in order: every node but the last is read inside alone."""
     region_of: dict[fx.Node, list[fx.Node]] = {}
     found: list[list[fx.Node]] = []
     for node in reversed(graph.nodes):
         if needs[node] == ALWAYS or not needs[node]:
             continue
-        homes = {id(region_of.get(user)) for user in observers(node)}
-        user = next(iter(node.users), None)
-        home = None if user is None else region_of.get(user)
+        users = list(effects.observers(node))
+        homes = {id(region_of.get(user)) for user in users}
+        home = region_of.get(users[0])
         if home is not None and len(homes) == 1 and needs[home[0]] == needs[node]:
             region_of[node] = home
         else:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from nasfx.choice import LayerChoice
+from nasfx.choice import Choice, InputChoice, LayerChoice
 from nasfx.errors import TraceError
 from nasfx.ops.stages import CHOICE
-from nasfx.rewriting.effects import memory, mutated
+from nasfx.rewriting.effects import VIEW_MODULES, Effects, mutated
 from nasfx.rewriting.graph import (
     ModelGraph,
     graphs,
@@ -43,18 +43,19 @@ _ACTIVATIONS: dict[type[nn.Module], tuple[Callable[..., Any], tuple[str, ...]]] 
 
 @dataclass(frozen=True)
 class FunctionalizeInplace(Pass):
-    """Let candidates write to memory of their own instead of the choice's input.
+    """Let nothing write to what a choice reads or gives: others read it as well.
 
-    Rules, for a node of a candidate that writes to an input of the candidate or a view of one::
+    Rules, for a node that writes to an input of its candidate, to a choice's output, or to a view
+    of one; what reads the written value afterwards reads the new node::
 
         %y = call_module[relu](%x)              ->  %y = torch.nn.functional.relu(%x)
+        %y = F.hardtanh(%x, inplace=True)       ->  %y = F.hardtanh(%x, inplace=False)
         %y = call_method[add_](%x, %b)          ->  %c = torch.clone(%x)
                                                     %y = call_method[add_](%c, %b)
 
-    What reads the input afterwards in the same candidate reads the written value, as it did before.
     Declines writes to values that the candidate made itself: nobody else sees those. Refuses, with
-    TraceError, a candidate that writes to an input which is read again elsewhere: there the eager
-    model already depends on the write.
+    TraceError, a write to a value that is read again elsewhere: there the eager model depends on
+    the write, and so on the candidate.
     """
 
     name: ClassVar[str] = "functionalize-inplace"
@@ -63,59 +64,67 @@ class FunctionalizeInplace(Pass):
     exactness: ClassVar[Exactness] = Exactness.BITWISE
 
     def run(self, gm: fx.GraphModule, ctx: PassContext) -> bool:
-        """Rewrite candidates, inner ones first, so that outer ones see what is left."""
+        """Check all choices as they were written, then rewrite every graph."""
+        calls = list(_calls(gm))
         changed = False
-        done: set[int] = set()
-        for _, inner in list(graphs(gm)):
-            for node in inner.graph.find_nodes(op="call_module"):
-                choice = inner.get_submodule(str(node.target))
-                if isinstance(choice, LayerChoice):
-                    changed |= self._choice(node, choice, ctx, done)
-        return changed
-
-    def _choice(self, call: fx.Node, choice: LayerChoice, ctx: PassContext, done: set[int]) -> bool:
-        changed = False
-        for name, candidate in list(choice.named_children()):
-            if isinstance(candidate, LayerChoice):
-                changed |= self._choice(call, candidate, ctx, done)
-                continue
-            if isinstance(candidate, fx.GraphModule):
-                graph = candidate.graph
-            elif getattr(candidate, "inplace", False) is True:
-                graph = _wrapped(choice, name, call)
+        for _, call, choice in calls:
+            changed |= _wrap_leaves(call, choice)
+        for _, call, choice in calls:
+            _refuse_if_input_is_read_again(call, choice)
+        for path, inner in list(graphs(gm)):
+            for node in list(inner.graph.nodes):
+                written = mutated(node)
+                if written is None:
+                    continue
+                effects = Effects(inner.graph)
+                base = effects.base[written]
+                choice = _choice(base)
+                if choice is not None:
+                    _refuse_if_output_is_an_input_read_again(node, base, choice, effects)
+                elif base.op != "placeholder" or not path:
+                    if path and base.op != "get_attr":
+                        ctx.skip(node, "it writes to a value of its own")
+                    continue
+                _functionalize(node, written, effects)
                 changed = True
-            else:
-                continue
-            writes = [node for node in graph.nodes if _writes_to_input(node, ctx, done)]
-            for node in writes:
-                _refuse_if_read_again(call, choice, name, node)
-                changed = True
-                _functionalize(node)
-            done.add(id(choice._modules[name]))
         return changed
 
 
-def _writes_to_input(node: fx.Node, ctx: PassContext, done: set[int]) -> bool:
-    if mutated(node) is None:
-        return False
-    base = memory(node)[-1]
-    if base.op == "placeholder":
-        return True
-    if base.op != "get_attr" and id(node.graph.owning_module) not in done:
-        ctx.skip(node, "it writes to a value of its own")
-    return False
+def _choice(node: fx.Node) -> Choice | None:
+    """The choice that `node` calls, if it calls one."""
+    owner = node.graph.owning_module
+    if node.op != "call_module" or owner is None:
+        return None
+    module = owner.get_submodule(str(node.target))
+    return module if isinstance(module, Choice) else None
 
 
-def _wrapped(choice: LayerChoice, name: str, call: fx.Node) -> fx.Graph:
-    """Put the leaf candidate `name` into a graph, in which it can be rewritten."""
-    module = choice._modules[name]
-    assert module is not None
-    if module.state_dict():
-        raise TraceError(
-            f"{choice.described}: candidate {name!r} ({type(module).__name__}) writes to its "
-            "input in "
-            "place and has parameters or buffers; put it in an nn.Sequential, or set inplace=False"
-        )
+def _calls(gm: fx.GraphModule) -> Iterator[tuple[fx.GraphModule, fx.Node, Choice]]:
+    for _, inner in graphs(gm):
+        for node in inner.graph.find_nodes(op="call_module"):
+            if (choice := _choice(node)) is not None:
+                yield inner, node, choice
+
+
+def _wrap_leaves(call: fx.Node, choice: Choice) -> bool:
+    """Put leaf candidates that write in place into graphs, in which they can be rewritten."""
+    changed = False
+    for name, module in list(choice.named_children()):
+        if isinstance(module, LayerChoice):
+            changed |= _wrap_leaves(call, module)
+        elif not isinstance(module, fx.GraphModule) and getattr(module, "inplace", False) is True:
+            if module.state_dict():
+                raise TraceError(
+                    f"{choice.described}: candidate {name!r} ({type(module).__name__}) writes to "
+                    "its input in place and has parameters or buffers; put it in an nn.Sequential, "
+                    "or set inplace=False"
+                )
+            choice._modules[name] = _wrapped(call, name, module)
+            changed = True
+    return changed
+
+
+def _wrapped(call: fx.Node, name: str, module: nn.Module) -> ModelGraph:
     graph = fx.Graph()
     count = len(tensor_leaves(call.args, call.kwargs))
     inputs = [graph.placeholder("x" if count == 1 else f"x{i}") for i in range(count)]
@@ -126,58 +135,107 @@ def _wrapped(choice: LayerChoice, name: str, call: fx.Node) -> fx.Graph:
     node = graph.create_node("call_module", "layer", args, kwargs)
     set_provenance(node, provenance(call), part=name)
     graph.output(node)
-    choice._modules[name] = ModelGraph(root, graph, type(module).__name__)
-    return graph
+    return ModelGraph(root, graph, type(module).__name__)
 
 
-def _refuse_if_read_again(call: fx.Node, choice: LayerChoice, name: str, write: fx.Node) -> None:
-    placeholders = write.graph.find_nodes(op="placeholder")
-    index = placeholders.index(memory(write)[-1])
+def _writes(choice: Choice) -> dict[int, tuple[str, str]]:
+    """By the position of the tensor, the candidate that writes to it, and where."""
+    found: dict[int, tuple[str, str]] = {}
+    for name, candidate in choice.named_children():
+        if isinstance(candidate, LayerChoice):
+            found |= _writes(candidate)
+        elif isinstance(candidate, fx.GraphModule):
+            placeholders = candidate.graph.find_nodes(op="placeholder")
+            effects = Effects(candidate.graph)
+            for node in candidate.graph.nodes:
+                targets = [(mutated(node), provenance(node).site)]
+                if (inner := _choice(node)) is not None:
+                    tensors = tensor_leaves(node.args, node.kwargs)
+                    targets = [(tensors[i], site) for i, (_, site) in _writes(inner).items()]
+                for written, site in targets:
+                    base = None if written is None else effects.base[written]
+                    if base in placeholders:
+                        found[placeholders.index(base)] = name, site
+    return found
+
+
+def _refuse_if_input_is_read_again(call: fx.Node, choice: Choice) -> None:
+    writes = _writes(choice)
+    if not writes:
+        return
+    effects = Effects(call.graph)
     tensors = tensor_leaves(call.args, call.kwargs)
-    for alias in memory(tensors[index]):
-        for user in alias.users:
-            if user is not call and call < user:
-                raise TraceError(
-                    f"{choice.described}: candidate {name!r} writes to its input in place "
-                    f"({provenance(write).site}), and the input is read again at "
-                    f"{provenance(user).site}; what is read there depends on the candidate. Use an "
-                    "operation that is not in place"
-                )
+    for index, (name, site) in writes.items():
+        for user in effects.readers_after(call, tensors[index]):
+            raise TraceError(
+                f"{choice.described}: candidate {name!r} writes to its input in place ({site}), "
+                f"and the input is read again at {provenance(user).site}; what is read there "
+                "depends on the candidate. Use an operation that is not in place"
+            )
 
 
-def _functionalize(node: fx.Node) -> None:
-    written = mutated(node)
-    assert written is not None
+def _refuse_if_output_is_an_input_read_again(
+    write: fx.Node, call: fx.Node, choice: Choice, effects: Effects
+) -> None:
+    if not _may_pass_its_input_on(choice):
+        return
+    for tensor in tensor_leaves(call.args, call.kwargs):
+        for user in effects.readers_after(write, tensor):
+            raise TraceError(
+                f"{provenance(write).site}: the output of {choice.described} is written in place. "
+                "It may be the choice's input itself, which is read again at "
+                f"{provenance(user).site}; what is read there depends on the candidate. Use an "
+                "operation that is not in place"
+            )
+
+
+def _may_pass_its_input_on(choice: Choice) -> bool:
+    if isinstance(choice, InputChoice):
+        return choice.reduction in ("sum", "mean", "none")
+    for candidate in choice.children():
+        if isinstance(candidate, LayerChoice):
+            if _may_pass_its_input_on(candidate):
+                return True
+        elif isinstance(candidate, fx.GraphModule):
+            outputs = tensor_leaves(candidate.graph.output_node().args, {})
+            base = Effects(candidate.graph).base
+            if any(base[value].op == "placeholder" for value in outputs):
+                return True
+        elif isinstance(candidate, VIEW_MODULES):
+            return True
+    return False
+
+
+def _functionalize(node: fx.Node, written: fx.Node, effects: Effects) -> None:
+    for alias in effects.sharing[effects.base[written]]:
+        if alias < node and alias is not written:
+            for user in alias.users:
+                if node < user:
+                    raise TraceError(
+                        f"{provenance(node).site}: what a choice reads or gives is written in "
+                        f"place, and read through another view of it at {provenance(user).site}. "
+                        "Use an operation that is not in place"
+                    )
     owner = node.graph.owning_module
     module = None
     if node.op == "call_module" and owner is not None:
         module = owner.get_submodule(str(node.target))
-    known = _ACTIVATIONS.get(type(module)) if module is not None else None
-    with node.graph.inserting_before(node):
-        if known is not None:
-            function, attributes = known
-            values = tuple(getattr(module, attribute) for attribute in attributes)
-            new = node.graph.call_function(function, (written, *values))
-            set_provenance(new, provenance(node), made_by="")
-            node.replace_all_uses_with(new)
-            _read_instead(memory(written), node, new)
-            node.graph.erase_node(node)
-            return
-        base = memory(written)[-1]
-        if written is not base:
-            raise TraceError(
-                f"{provenance(node).site}: a candidate writes in place to a view of its input; "
-                "other candidates would see that. Use an operation that is not in place"
-            )
-        clone = node.graph.call_function(torch.clone, (written,))
-        set_provenance(clone, provenance(node), made_by="")
-    node.replace_input_with(written, clone)
-    _read_instead([written], clone, clone)
-
-
-def _read_instead(aliases: list[fx.Node], after: fx.Node, value: fx.Node) -> None:
-    """Let what reads the input after the write read the written value."""
-    for alias in aliases[:1]:
-        for user in list(alias.users):
-            if after < user and user is not value:
-                user.replace_input_with(alias, value)
+    later = [user for user in written.users if node < user]
+    if node.kwargs.get("inplace") is True:
+        node.kwargs = {**node.kwargs, "inplace": False}
+        value = node
+    elif type(module) in _ACTIVATIONS:
+        function, attributes = _ACTIVATIONS[type(module)]
+        with node.graph.inserting_before(node):
+            options = tuple(getattr(module, attribute) for attribute in attributes)
+            value = node.graph.call_function(function, (written, *options))
+        set_provenance(value, provenance(node), made_by="")
+        node.replace_all_uses_with(value)
+        node.graph.erase_node(node)
+    else:
+        with node.graph.inserting_before(node):
+            value = node.graph.call_function(torch.clone, (written,))
+        set_provenance(value, provenance(node), made_by="")
+        node.replace_input_with(written, value)
+    for user in later:
+        user.replace_input_with(written, value)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from torch import fx
+from torch import fx, nn
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
     DynamicOutputShapeException,
@@ -17,7 +17,7 @@ from torch._subclasses.fake_tensor import (
 )
 from torch.utils import _pytree as pytree
 
-from nasfx.choice import InputChoice, LayerChoice, call_candidate, tensor_arguments
+from nasfx.choice import Choice, LayerChoice, call_candidate, tensor_arguments
 from nasfx.errors import TraceError
 from nasfx.ops.stages import CHOICE
 from nasfx.rewriting.graph import graphs, provenance
@@ -50,6 +50,14 @@ class InferShapes(Pass):
         """Interpret a fake copy and note the shapes on the nodes of `gm`; no node changes."""
         if ctx.example_inputs is None:
             return False
+        placeholders = gm.graph.find_nodes(op="placeholder")
+        needed = sum(not node.args for node in placeholders)
+        if not needed <= len(ctx.example_inputs) <= len(placeholders):
+            names = ", ".join(str(node.target) for node in placeholders)
+            raise TraceError(
+                f"the example inputs do not run: there are {len(ctx.example_inputs)}, and the "
+                f"model takes {names or 'none'}"
+            )
         with FakeTensorMode(allow_non_fake_inputs=True) as mode:
             with FakeCopyMode(mode):
                 fake = copy.deepcopy(gm, _unused(gm))
@@ -63,11 +71,10 @@ class InferShapes(Pass):
                 try:
                     _ShapeInterpreter(fake, originals).run(*inputs)
                 except _Stopped as stopped:
-                    if not isinstance(stopped.error, _DATA_DEPENDENT) and not _opaque(gm, stopped):
-                        origin = provenance(stopped.node)
+                    if not isinstance(stopped.error, _DATA_DEPENDENT) and not stopped.opaque:
                         raise TraceError(
                             f"the example inputs do not run: {format_node(stopped.node)} "
-                            f"({origin.site}): {stopped.error}"
+                            f"{stopped.candidate}({provenance(stopped.node).site}): {stopped.error}"
                         ) from stopped.error
                     ctx.skip(stopped.node, f"its shape depends on values ({stopped.error})")
         return False
@@ -82,9 +89,15 @@ def _unused(gm: fx.GraphModule) -> dict[int, Any]:
 
 
 class _Stopped(Exception):  # noqa: N818  # not an error by itself
-    def __init__(self, node: fx.Node, error: Exception) -> None:
+    def __init__(
+        self, node: fx.Node, error: Exception, module: nn.Module | None, candidate: str = ""
+    ) -> None:
         super().__init__(node, error)
         self.node, self.error = node, error
+        self.candidate = f"candidate {candidate!r} " if candidate else ""
+        # A module of the user's own, whose code may need real values.
+        ours = module is None or isinstance(module, Choice)
+        self.opaque = not ours and not type(module).__module__.startswith("torch.nn")
 
 
 class _ShapeInterpreter(fx.Interpreter):
@@ -102,7 +115,8 @@ class _ShapeInterpreter(fx.Interpreter):
             if isinstance(choice, LayerChoice):
                 args, kwargs = self.fetch_args_kwargs_from_env(n)
                 outputs = {
-                    name: self._candidate(choice, name, args, kwargs) for name in choice.candidates
+                    name: self._candidate(original, choice, name, args, kwargs)
+                    for name in choice.candidates
                 }
                 original.meta["candidate_shapes"] = {k: shape(v) for k, v in outputs.items()}
                 result = outputs[choice.active]
@@ -111,16 +125,22 @@ class _ShapeInterpreter(fx.Interpreter):
         except _Stopped:
             raise
         except Exception as error:
-            raise _Stopped(original, error) from error
+            called = self.gm.get_submodule(str(n.target)) if n.op == "call_module" else None
+            raise _Stopped(original, error, called) from error
         original.meta["shape"] = shape(result)
         return result
 
-    def _candidate(self, choice: LayerChoice, name: str, args: Any, kwargs: Any) -> Any:
+    def _candidate(
+        self, call: fx.Node, choice: LayerChoice, name: str, args: Any, kwargs: Any
+    ) -> Any:
         candidate = choice._modules[name]
         if isinstance(candidate, fx.GraphModule) and choice.structure is not None:
             tensors = tensor_arguments(choice.structure, args, kwargs)
             return _ShapeInterpreter(candidate, self.originals).run(*tensors)
-        return call_candidate(candidate, choice.structure, args, kwargs)
+        try:
+            return call_candidate(candidate, choice.structure, args, kwargs)
+        except Exception as error:
+            raise _Stopped(call, error, candidate, name) from error
 
 
 def shape(value: Any) -> Any:
@@ -128,13 +148,3 @@ def shape(value: Any) -> Any:
     return pytree.tree_map(
         lambda leaf: leaf.shape if isinstance(leaf, torch.Tensor) else type(leaf).__name__, value
     )
-
-
-def _opaque(gm: fx.GraphModule, stopped: _Stopped) -> bool:
-    """Whether the node calls a module of the user's own, whose code may need real values."""
-    if stopped.node.op != "call_module":
-        return False
-    owner = stopped.node.graph.owning_module
-    module = (owner or gm).get_submodule(str(stopped.node.target))
-    ours = isinstance(module, LayerChoice | InputChoice)
-    return not ours and not type(module).__module__.startswith("torch.nn")

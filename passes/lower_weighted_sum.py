@@ -13,9 +13,17 @@ from nasfx.errors import SpaceError
 from nasfx.ops.gates import inclusion_gate, softmax_gate
 from nasfx.ops.mix import mix, unlike_shapes
 from nasfx.ops.stages import CHOICE, SUPERNET
-from nasfx.rewriting.editing import attribute, identifier, inline, is_identity, replace
+from nasfx.rewriting.editing import (
+    attribute,
+    compute,
+    identifier,
+    inline,
+    is_identity,
+    replace,
+)
 from nasfx.rewriting.graph import (
     Provenance,
+    has_hooks,
     provenance,
     set_module,
     set_provenance,
@@ -104,11 +112,10 @@ class LowerWeightedSum(Pass):
         label = str(choice.label)
         origin = provenance(node)
         shapes = node.meta.get("candidate_shapes")
-        if shapes and len(set(shapes.values())) > 1:
-            first, *_ = shapes.values()
-            k = next(i for i, shape in enumerate(shapes.values()) if shape != first)
-            where = f" ({origin.site})"
-            raise SpaceError(unlike_shapes(label, list(shapes.values()), k, where))
+        known: list[Any] = list(shapes.values()) if shapes else []
+        for k, shape in enumerate(known):
+            if shape != known[0]:
+                raise SpaceError(unlike_shapes(label, known, k, f" ({origin.site})"))
         outputs: list[Any] = []
         new: list[fx.Node] = []
         with gm.graph.inserting_before(node):
@@ -118,8 +125,8 @@ class LowerWeightedSum(Pass):
                     tensors = tensor_leaves(node.args, node.kwargs)
                     value, made = inline(gm.graph, candidate.graph, target, tensors)
                     new += made.values()
-                elif is_identity(candidate) and not candidate._forward_hooks:
-                    value = node.args[0]
+                elif is_identity(candidate) and not has_hooks(candidate):
+                    (value,) = tensor_leaves(node.args, node.kwargs)
                 else:
                     value = gm.graph.call_module(target, node.args, node.kwargs)
                     set_provenance(value, origin, part=name)
@@ -146,15 +153,8 @@ class LowerWeightedSum(Pass):
             gate = self._gate(gm, label, gates, inclusion_gate, choice.n_chosen, mean)
             self._mix(node, gate, list(inputs), label)
             return
-        origin = provenance(node)
-        before = node.prev
-        with gm.graph.inserting_before(node):
-            total = reduce_inputs(
-                [fx.Proxy(n) for n in inputs], range(len(inputs)), choice.reduction
-            )
-        while (before := before.next) is not node:
-            set_provenance(before, origin)
-        replace(node, total.node)
+        every = range(len(inputs))
+        replace(node, compute(node, lambda xs: reduce_inputs(xs, every, choice.reduction), inputs))
 
     def _mix(self, node: fx.Node, gate: fx.Node, outputs: list[Any], label: str) -> None:
         with node.graph.inserting_before(node):

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from torch import fx
 
-from nasfx.rewriting.effects import always_needed, observers
+from nasfx.rewriting.effects import Effects
 from nasfx.rewriting.graph import graphs
 from nasfx.rewriting.passes import Exactness, Pass, PassContext
 from nasfx.rewriting.verifier import ANY, Stage
@@ -37,9 +37,11 @@ class RemoveDeadCode(Pass):
         """Sweep every graph once, users before what they read."""
         changed = False
         for _, inner in graphs(gm):
+            effects = Effects(inner.graph)
             needed: set[fx.Node] = set()
             for node in reversed(inner.graph.nodes):
-                if always_needed(node) or any(user in needed for user in observers(node)):
+                seen = any(user in needed for user in effects.observers(node))
+                if seen or effects.always_needed(node):
                     needed.add(node)
             for node in reversed(inner.graph.nodes):
                 if node not in needed:

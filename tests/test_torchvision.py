@@ -8,14 +8,9 @@ from torch.utils import _pytree as pytree
 
 import nasfx
 
-TOO_LARGE = {  # millions of parameters, which take up to 2.6 GB and minutes of one core each
-    "regnet_y_128gf": 645,
-    "vit_h_14": 633,
-    "vit_l_16": 304,
-    "vit_l_32": 306,
-}
+TOO_LARGE = {"regnet_y_128gf": 645, "vit_h_14": 633}  # millions of parameters: 2.6 GB each
 # The smallest input that a model takes in train mode at batch 2; 32 where it is not here.
-SIZES = {"alexnet": 63, "inception_v3": 299, "maxvit_t": 224, "vit_h_14": 28}
+SIZES = {"alexnet": 63, "inception_v3": 299, "maxvit_t": 224}
 NAMES = torchvision.models.list_models(module=torchvision.models)
 
 
@@ -52,7 +47,7 @@ def assert_same(found: tuple[list[Any], Any], expected: tuple[list[Any], Any]) -
 @pytest.mark.parametrize("name", NAMES)
 def test_a_traced_model_computes_bit_for_bit_what_the_model_computes(name: str) -> None:
     if name in TOO_LARGE:
-        pytest.skip(f"{name} has {TOO_LARGE[name]} million parameters, too large for CI")
+        pytest.skip(f"{name} has {TOO_LARGE[name]} million parameters, which take 2.6 GB")
     model, x = build(name)
     modes = {path: module.training for path, module in model.named_modules()}
     versions = {key: (id(p), p._version) for key, p in model.named_parameters()}

@@ -101,15 +101,15 @@ def run_apart(program: Callable[[str], None], folder: Path) -> None:
     """Run `program(folder)` in a Python of its own, whose working directory is the folder.
 
     The text of the function is all that the process gets, so it imports what it needs, and not
-    nasfx: starting takes milliseconds and a native abort takes down nobody else.
+    nasfx: starting takes milliseconds and a native abort takes down nobody else. The caller's own
+    working directory is out of reach: what lies there shadows no library and is not littered.
 
     Raises:
         ProfileError: The process failed; the message ends with what it printed last.
     """
     code = f"import sys\n{inspect.getsource(program)}\n{program.__name__}(sys.argv[1])"
-    # -P: a file of the folder it runs in must not shadow a library.
     done = subprocess.run(
-        [sys.executable, "-P", "-c", code, str(folder)],
+        [sys.executable, "-c", code, str(folder)],
         cwd=folder,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
@@ -161,10 +161,7 @@ def _mnn_program(folder: str) -> None:
     times, values = [], []
     for _ in range(job["warmup"] + job["repeats"]):
         start = time.perf_counter()
-        results = module.onForward(variables)
-        # Evaluation is lazy: reading is what runs it. NC4HW4 pads channels to four.
-        results = [F.convert(r, F.NCHW) if r.data_format == F.NC4HW4 else r for r in results]
-        values = [r.read() for r in results]
+        values = [result.read() for result in module.onForward(variables)]
         times.append(time.perf_counter() - start)
     for index, value in enumerate(values):
         np.save(Path(folder, f"output{index}.npy"), value)

@@ -77,8 +77,10 @@ class ArchState(nn.Module):
                 continue
             names = self.names[label]
             indices = [int(i) for i in value]
-            if names and not (len(indices) == 1 and 0 <= indices[0] < len(names)):
-                raise CheckpointError(f"{prefix}{key} = {indices} is no candidate of {label!r}")
+            n = len(names) if names else 1 << 20
+            in_range = all(0 <= i < n for i in indices) and len(set(indices)) == len(indices)
+            if not in_range or (names and len(indices) != 1):
+                raise CheckpointError(f"{prefix}{key} = {indices} is no decision of {label!r}")
             self.decisions[label] = names[indices[0]] if names else tuple(indices)
 
     def __getstate__(self) -> dict[str, Any]:

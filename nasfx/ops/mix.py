@@ -36,17 +36,24 @@ def mix(gate: Tensor, outputs: Sequence[Any], label: str = "") -> Any:
         if other != spec:
             raise SearchError(f"choice {label!r}: outputs 0 and {k} have different structures")
         rows.append(leaves)
-    mixed = [
-        _sum(gate, column, label) if isinstance(column[0], Tensor) else column[0]
-        for column in zip(*rows, strict=True)
-    ]
+    mixed = [_mixed(gate, column, label) for column in zip(*rows, strict=True)]
     return pytree.tree_unflatten(mixed, spec)
+
+
+def _mixed(gate: Tensor, column: Sequence[Any], label: str) -> Any:
+    if any(isinstance(value, Tensor) for value in column):
+        return _sum(gate, column, label)
+    if any(type(v) is not type(column[0]) or v != column[0] for v in column):
+        raise SearchError(f"choice {label!r}: candidates return different constants: {column}")
+    return column[0]
 
 
 def _sum(gate: Tensor, outputs: Sequence[Tensor], label: str) -> Tensor:
     for k, output in enumerate(outputs):
         if not isinstance(output, Tensor) or output.shape != outputs[0].shape:
             raise SearchError(unlike_shapes(label, [getattr(o, "shape", None) for o in outputs], k))
+        if not (output.is_floating_point() or output.is_complex()):
+            raise SearchError(f"choice {label!r}: outputs of {output.dtype} have no weighted sum")
     weights = gate.to(outputs[0].dtype).unbind(0)
     total = weights[0] * outputs[0]
     for weight, output in zip(weights[1:], outputs[1:], strict=True):
@@ -54,9 +61,12 @@ def _sum(gate: Tensor, outputs: Sequence[Tensor], label: str) -> Tensor:
     return total
 
 
-def unlike_shapes(label: str, shapes: Sequence[torch.Size | None], k: int, where: str = "") -> str:
+def unlike_shapes(label: str, shapes: Sequence[Any], k: int, where: str = "") -> str:
     """The message for candidates whose outputs cannot be summed."""
-    listed = ", ".join("no tensor" if s is None else str(tuple(s)) for s in shapes)
+    listed = ", ".join(
+        "no tensor" if s is None else str(tuple(s)) if isinstance(s, torch.Size) else str(s)
+        for s in shapes
+    )
     return (
         f"choice {label!r}{where}: a weighted sum needs outputs of one shape, but candidate {k} "
         "differs: "

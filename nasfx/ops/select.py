@@ -120,7 +120,9 @@ class Demanded(nn.Module):
         """The producer's value, or a `Deferred` where it is not needed."""
         refuse_proxies(self, inputs)
         body = self.__dict__["held"]["body"]
-        return body(*[forced(x) for x in inputs]) if needed else Deferred(body, inputs)
+        # What the body needs is not deferred, since its need includes the body's. What is deferred
+        # goes to a switch inside, which does not read it on this path.
+        return body(*inputs) if needed else Deferred(body, inputs)
 
 
 class Switch(nn.Module):

@@ -71,7 +71,8 @@ def _switch_call_fits(gm: fx.GraphModule, node: fx.Node) -> str | None:
     if len(node.args) != 4:
         return "a switch takes (drawn, args, kwargs, gates)"
     given = node.args[3]
-    assert isinstance(given, dict)
+    if not isinstance(given, dict):
+        return "a switch takes (drawn, args, kwargs, gates)"
     for name, labels in switch.needs.items():
         if missing := set(labels) - set(given):
             return f"candidate {name} needs the draw of {sorted(missing)[0]!r}"

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import fx, nn
 
-from nasfx.rewriting.graph import join
+from nasfx.rewriting.graph import join, provenance, set_provenance
 
 
 def inline(
@@ -76,6 +76,19 @@ def _substituted(arg: Any, node: fx.Node, value: Any) -> Any:
 def attribute(graph: fx.Graph, target: str) -> fx.Node:
     """A get_attr node for `target` at the insertion point."""
     return graph.create_node("get_attr", target, name=identifier(target))
+
+
+def compute(
+    node: fx.Node, function: Callable[[list[fx.Proxy]], Any], inputs: Sequence[fx.Node]
+) -> Any:
+    """Record `function(inputs)` as nodes before `node`, with its provenance; their value."""
+    tracer = fx.proxy.GraphAppendingTracer(node.graph)
+    before = node.prev
+    with node.graph.inserting_before(node):
+        result = function([fx.Proxy(n, tracer) for n in inputs])
+    while (before := before.next) is not node:
+        set_provenance(before, provenance(node), made_by="")
+    return fx.node.map_aggregate(result, lambda v: v.node if isinstance(v, fx.Proxy) else v)
 
 
 def is_identity(module: nn.Module) -> bool:

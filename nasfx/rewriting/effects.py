@@ -17,18 +17,17 @@ _INPLACE_OPERATORS = {
     operator.imod, operator.ipow, operator.iand, operator.ior, operator.ixor, operator.imatmul,
     operator.setitem,
 }  # fmt: skip
-_VIEW_METHODS = {
-    "view", "view_as", "reshape", "reshape_as", "t", "transpose", "permute", "expand", "expand_as",
-    "squeeze", "unsqueeze", "flatten", "unflatten", "contiguous", "chunk", "split", "narrow",
-    "select", "detach", "unbind", "unfold", "movedim", "swapaxes", "to", "type_as", "float",
-    "double", "half", "diagonal", "__getitem__",
+_VIEWS = {
+    "adjoint", "as_strided", "bfloat16", "broadcast_to", "chunk", "conj", "contiguous", "cpu",
+    "cuda", "detach", "diagonal", "double", "dsplit", "expand", "expand_as", "flatten", "float",
+    "getattr", "getitem", "half", "hsplit", "imag", "moveaxis", "movedim", "narrow", "permute",
+    "positive", "ravel", "real", "reshape", "reshape_as", "resolve_conj", "resolve_neg", "select", "split",
+    "split_with_sizes", "squeeze", "swapaxes", "swapdims", "t", "tensor_split", "to", "transpose",
+    "type", "type_as", "unbind", "unflatten", "unfold", "unsafe_chunk", "unsafe_split", "unsqueeze",
+    "view", "view_as", "view_as_complex", "view_as_real", "vsplit", "__getitem__",
 }  # fmt: skip
-_VIEW_FUNCTIONS = {
-    operator.getitem, getattr, torch.flatten, torch.reshape, torch.transpose, torch.permute,
-    torch.squeeze, torch.unsqueeze, torch.chunk, torch.split, torch.narrow, torch.select,
-    torch.unbind, torch.movedim, torch.t, torch.detach, torch.tensor_split,
-}  # fmt: skip
-_VIEW_MODULES = (nn.Identity, nn.Flatten, nn.Unflatten, nn.modules.dropout._DropoutNd)
+"""Methods, and functions of torch and operator, that may give a view of their first argument."""
+VIEW_MODULES = (nn.Identity, nn.Flatten, nn.Unflatten, nn.modules.dropout._DropoutNd)
 _SEEN_OUTSIDE = {torch._assert, print, setattr}
 
 
@@ -61,37 +60,53 @@ def aliased(node: fx.Node) -> fx.Node | None:
     first = node.args[0] if node.args else None
     if not isinstance(first, fx.Node):
         return None
-    shares = (
-        (node.op == "call_method" and node.target in _VIEW_METHODS)
-        or (node.op == "call_function" and node.target in _VIEW_FUNCTIONS)
-        or (node.op == "call_module" and isinstance(_module(node), _VIEW_MODULES))
-    )
+    if node.op == "call_module":
+        shares = isinstance(_module(node), VIEW_MODULES)
+    else:
+        name = node.target if node.op == "call_method" else getattr(node.target, "__name__", "")
+        shares = name in _VIEWS
     return first if shares else None
 
 
-def memory(node: fx.Node) -> list[fx.Node]:
-    """`node` and the values it may share memory with, up to the one that made the memory."""
-    chain = [node]
-    while (base := aliased(chain[-1])) is not None:
-        chain.append(base)
-    return chain
+class Effects:
+    """Who shares memory with whom in a graph, and who sees what is written to it.
 
+    Valid until the graph changes.
 
-def always_needed(node: fx.Node) -> bool:
-    """Whether `node` has an effect that is seen outside of the graph."""
-    if node.op in ("placeholder", "output"):
-        return True
-    if node.op == "call_function" and node.target in _SEEN_OUTSIDE:
-        return True
-    written = mutated(node)
-    return written is not None and memory(written)[-1].op in ("get_attr", "placeholder")
+    Attributes:
+        base: for every node, the node that made the memory of its value.
+        sharing: for every such node, all nodes whose values may share its memory, in order.
+        writers: for every such node, the nodes that write to its memory, in order.
+    """
 
+    def __init__(self, graph: fx.Graph) -> None:
+        self.base: dict[fx.Node, fx.Node] = {}
+        self.sharing: dict[fx.Node, list[fx.Node]] = {}
+        self.writers: dict[fx.Node, list[fx.Node]] = {}
+        for node in graph.nodes:
+            of = aliased(node)
+            base = self.base[node] = node if of is None else self.base[of]
+            self.sharing.setdefault(base, []).append(node)
+            if mutated(node) is not None:
+                self.writers.setdefault(base, []).append(node)
 
-def observers(node: fx.Node) -> Iterator[fx.Node]:
-    """The nodes that see what `node` does: its users, and later readers of what it writes to."""
-    yield from node.users
-    if (written := mutated(node)) is not None:
-        for alias in memory(written):
+    def always_needed(self, node: fx.Node) -> bool:
+        """Whether `node` has an effect that is seen outside of the graph."""
+        if node.op in ("placeholder", "output"):
+            return True
+        if node.op == "call_function" and node.target in _SEEN_OUTSIDE:
+            return True
+        return mutated(node) is not None and self.base[node].op in ("get_attr", "placeholder")
+
+    def observers(self, node: fx.Node) -> Iterator[fx.Node]:
+        """The nodes that see what `node` does: its users, and later readers of what it wrote."""
+        yield from node.users
+        if mutated(node) is not None:
+            yield from self.readers_after(node, node)
+
+    def readers_after(self, node: fx.Node, value: fx.Node) -> Iterator[fx.Node]:
+        """The nodes after `node` that read the memory of `value`."""
+        for alias in self.sharing[self.base[value]]:
             yield from (user for user in alias.users if node < user)
 
 

@@ -78,10 +78,7 @@ class ModelGraph(fx.GraphModule):
         super().__init__(nn.Module(), fx.Graph(), class_name)
         for shared in ("_modules", "_parameters", "_buffers", "_non_persistent_buffers_set"):
             self.__dict__[shared] = root.__dict__[shared]
-        for name, value in root.__dict__.items():
-            # What else the graph may read by get_attr, such as a plain tensor attribute.
-            if name not in self.__dict__ and isinstance(value, torch.Tensor):
-                self.__dict__[name] = value
+        self.__dict__.update(_plain_tensors(root))
         if type(graph) is fx.Graph:
             graph.__class__ = TextGraph  # the same object with another way to print
         self.graph = graph
@@ -115,6 +112,7 @@ class ModelGraph(fx.GraphModule):
         memo[id(self)] = new = type(self).__new__(type(self))
         for name in ("_modules", "_parameters", "_buffers", "_non_persistent_buffers_set"):
             shell.__dict__[name] = copy.deepcopy(self.__dict__[name], memo)
+        shell.__dict__.update(copy.deepcopy(_plain_tensors(self), memo))
         shell.training = self.training
         ModelGraph.__init__(new, shell, copy.deepcopy(self.graph), type(self).__name__)
         new.meta = copy.deepcopy(self.meta, memo)
@@ -125,8 +123,13 @@ class ModelGraph(fx.GraphModule):
             name: self.__dict__[name]
             for name in ("_modules", "_parameters", "_buffers", "_non_persistent_buffers_set")
         }
-        state |= {"training": self.training, "meta": self.meta}
+        state |= {"training": self.training, "meta": self.meta, **_plain_tensors(self)}
         return _unpickled, (state, dump_graph(self.graph), type(self).__name__)
+
+
+def _plain_tensors(module: nn.Module) -> dict[str, torch.Tensor]:
+    """Tensors that are mere attributes, which a graph may read all the same."""
+    return {k: v for k, v in module.__dict__.items() if isinstance(v, torch.Tensor)}
 
 
 def _unpickled(state: dict[str, Any], nodes: list[tuple[Any, ...]], name: str) -> ModelGraph:
@@ -177,9 +180,23 @@ def load_graph(nodes: list[tuple[Any, ...]]) -> fx.Graph:
     return graph
 
 
+def has_hooks(module: nn.Module) -> bool:
+    """Whether the user hung code on calls of `module`, forward or backward."""
+    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return any(getattr(module, hooks, None) for hooks in kinds)
+
+
 def is_region(module: nn.Module) -> bool:
     """Whether `module` is called as one node but holds graphs that passes rewrite."""
     return getattr(module, "holds_graphs", False)
+
+
+def find_module(root: nn.Module, path: str) -> nn.Module | None:
+    """The module at `path` below `root`, or None where there is none."""
+    module: nn.Module | None = root
+    for name in path.split(".") if path else ():
+        module = None if module is None else module._modules.get(name)
+    return module
 
 
 def region_children(module: nn.Module) -> Mapping[str, nn.Module]:
@@ -199,7 +216,9 @@ def graphs(gm: fx.GraphModule, path: str = "") -> Iterator[tuple[str, fx.GraphMo
             return
         seen.add(id(gm))
         for target in dict.fromkeys(n.target for n in gm.graph.nodes if n.op == "call_module"):
-            yield from inside(gm.get_submodule(str(target)), join(path, str(target)))
+            module = find_module(gm, str(target))
+            if module is not None:
+                yield from inside(module, join(path, str(target)))
         yield path, gm
 
     def inside(module: nn.Module, path: str) -> Iterator[tuple[str, fx.GraphModule]]:
@@ -271,6 +290,7 @@ def shallow_container(module: nn.Module) -> nn.Module:
     shell.__dict__["_modules"] = dict(module._modules)
     for name in ("_parameters", "_buffers", "_non_persistent_buffers_set"):
         shell.__dict__[name] = module.__dict__[name]
+    shell.__dict__.update(_plain_tensors(module))
     shell.training = module.training
     meta = getattr(module, "meta", None)
     if isinstance(meta, dict):

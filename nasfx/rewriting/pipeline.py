@@ -133,7 +133,7 @@ class Pipeline:
     @staticmethod
     def _stages(passes: Sequence[Pass]) -> list[Stage]:
         """The stage before every pass, and the last one after all."""
-        stages = [next(p.consumes for p in passes if p.consumes != ANY)]
+        stages = [next((p.consumes for p in passes if p.consumes != ANY), ANY)]
         for p in passes:
             stages.append(stages[-1] if p.produces == ANY else p.produces)
         return stages

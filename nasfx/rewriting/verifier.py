@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from torch import fx, nn
+from torch import fx
 
 from nasfx.errors import VerifyError
-from nasfx.rewriting.graph import graphs, provenance
+from nasfx.rewriting.graph import find_module, graphs, provenance
 from nasfx.rewriting.printing import format_node
 
 Rule = Callable[[fx.GraphModule, fx.Node], str | None]
@@ -43,6 +43,9 @@ def verify(gm: fx.GraphModule, stage: Stage, after: str = "") -> None:
             around the node as a note.
     """
     for path, inner in graphs(gm):
+        if next((node.op for node in reversed(inner.graph.nodes)), "") != "output":
+            where = f"{'after ' + after + ': ' if after else ''}the graph"
+            raise VerifyError(f"{where}{' of ' + path if path else ''} does not end in an output")
         for node, reason in _broken(inner, stage):
             origin = provenance(node)
             where = f" of {path}" if path else ""
@@ -90,20 +93,13 @@ def _broken(gm: fx.GraphModule, stage: Stage) -> Iterator[tuple[fx.Node, str]]:
                     yield node, reason
         seen.add(node)
         names.add(node.name)
-    if not nodes or nodes[-1].op != "output":
-        last = nodes[-1] if nodes else gm.graph.create_node("placeholder", "nothing")
-        yield last, "the graph has no output"
 
 
 def _missing(gm: fx.GraphModule, node: fx.Node) -> str | None:
-    *parents, name = str(node.target).split(".")
-    module: nn.Module = gm
-    for parent in parents:
-        child = module._modules.get(parent)
-        if child is None:
-            return f"{node.target} does not exist"
-        module = child
     if node.op == "call_module":
-        found = isinstance(module._modules.get(name), nn.Module)
-        return None if found else f"{node.target} is no module"
-    return None if hasattr(module, name) else f"{node.target} does not exist"
+        found = find_module(gm, str(node.target)) is not None
+        return None if found else f"there is no module {node.target}"
+    parent, _, name = str(node.target).rpartition(".")
+    module = find_module(gm, parent)
+    found = module is not None and hasattr(module, name)
+    return None if found else f"{node.target} does not exist"

@@ -175,8 +175,8 @@ def test_dynamic_batch(tmp_path: Path, x: Tensor, batch: int) -> None:
 def test_dynamic_batch_from_an_example_of_one(tmp_path: Path, x: Tensor) -> None:
     # An expanded token: exported at batch 1, torch keeps the 1 (seen in 2.14.1).
     def token(self: Any, x: Tensor) -> Tensor:
-        token = self.conv.bias.expand(x.shape[0], -1)
-        return torch.cat([token, self.conv(x).flatten(1)], 1)
+        token = self.conv.bias.view(1, -1, 1, 1).expand(x.shape[0], -1, -1, -1)
+        return torch.cat([token.flatten(1), self.conv(x).flatten(1)], 1)
 
     net = Function(token)
     path = export_onnx(net, tmp_path / "net.onnx", x[:1], dynamic_batch=True)
@@ -298,7 +298,8 @@ def test_a_module_that_writes_into_its_input(tmp_path: Path, x: Tensor) -> None:
 
 # In a process of its own: torch's log handler keeps the stream that it found when imported.
 LOUD = """
-import sys, torch
+import logging, sys, torch
+logging.basicConfig(level=logging.INFO)
 from nasfx.export.onnx import export_onnx
 class Loud(torch.nn.Module):
     def forward(self, x, y):

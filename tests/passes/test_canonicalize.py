@@ -4,11 +4,11 @@ from typing import Any
 import pytest
 import torch
 from expecttest import assert_expected_inline
+from nasfx.passes import Canonicalize
 from torch import Tensor, fx, nn
 
 import nasfx
 from nasfx import LayerChoice
-from nasfx.passes import Canonicalize
 from nasfx.rewriting.graph import ModelGraph
 from nasfx.rewriting.passes import PassContext
 from nasfx.rewriting.printing import format_graph
@@ -37,18 +37,24 @@ def two_reads() -> ModelGraph:
 
 def test_an_identity_is_dropped() -> None:
     gm = nasfx.trace(Net()).graph_module
-    assert_expected_inline(format_graph(gm), """\
+    assert_expected_inline(
+        format_graph(gm),
+        """\
 %x = placeholder[x]
 %conv = call_module[conv](%x)
 %drop = call_module[drop](%conv)
 %norm = call_module[norm](%drop)
-return %norm""")
+return %norm""",
+    )
     assert Canonicalize()(gm, PassContext()).modified is True
-    assert_expected_inline(format_graph(gm), """\
+    assert_expected_inline(
+        format_graph(gm),
+        """\
 %x = placeholder[x]
 %conv = call_module[conv](%x)
 %norm = call_module[norm](%conv)
-return %norm""")
+return %norm""",
+    )
     assert Canonicalize()(gm, PassContext()).modified is False
 
 
@@ -56,20 +62,26 @@ def test_a_tensor_is_read_once() -> None:
     gm = two_reads()
     x = torch.randn(3)
     before = gm(x)
-    assert_expected_inline(format_graph(gm), """\
+    assert_expected_inline(
+        format_graph(gm),
+        """\
 %x = placeholder[x]
 %w = get_attr[w]
 %w_1 = get_attr[w]
 %mul = torch.mul(%x, %w)
 %add = torch.add(%mul, %w_1)
-return %add""")
+return %add""",
+    )
     assert Canonicalize()(gm, PassContext()).modified is True
-    assert_expected_inline(format_graph(gm), """\
+    assert_expected_inline(
+        format_graph(gm),
+        """\
 %x = placeholder[x]
 %w = get_attr[w]
 %mul = torch.mul(%x, %w)
 %add = torch.add(%mul, %w)
-return %add""")
+return %add""",
+    )
     assert torch.equal(gm(x), before)
 
 
@@ -77,14 +89,17 @@ def test_the_graphs_of_candidates_are_rewritten_too() -> None:
     candidates = {"a": nn.Sequential(nn.ReLU(), nn.Identity()), "skip": nn.Identity()}
     gm = nasfx.trace(nn.Sequential(LayerChoice(candidates, label="block"))).graph_module
     assert Canonicalize()(gm, PassContext()).modified is True
-    assert_expected_inline(format_graph(gm), """\
+    assert_expected_inline(
+        format_graph(gm),
+        """\
 %input_1 = placeholder[input]
 %_0 = call_module[0](%input_1)
     a(%x):
         %_0 = call_module[0](%x)
         return %_0
     skip: Identity
-return %_0""")
+return %_0""",
+    )
 
 
 Hook = Callable[[nn.Module, Callable[..., Any]], Any]

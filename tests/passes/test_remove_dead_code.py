@@ -3,11 +3,11 @@ from collections.abc import Callable
 import pytest
 import torch
 from expecttest import assert_expected_inline
+from nasfx.passes import RemoveDeadCode
 from torch import Tensor, nn
 
 import nasfx
 from nasfx import LayerChoice
-from nasfx.passes import RemoveDeadCode
 from nasfx.rewriting.graph import ModelGraph
 from nasfx.rewriting.passes import PassContext
 from nasfx.rewriting.printing import format_graph
@@ -31,21 +31,27 @@ class Net(nn.Module):
 def test_unused_nodes_go_and_updates_of_buffers_stay() -> None:
     net = Net()
     gm = nasfx.trace(net).graph_module
-    assert_expected_inline(format_graph(gm), """\
+    assert_expected_inline(
+        format_graph(gm),
+        """\
 %x = placeholder[x]
 %unused = call_module[unused](%x)
 %relu = torch.relu(%unused)
 %counter = get_attr[counter]
 %add_ = call_method[add_](%counter, 1)
 %used = call_module[used](%x)
-return %used""")
+return %used""",
+    )
     assert RemoveDeadCode()(gm, PassContext()).modified is True
-    assert_expected_inline(format_graph(gm), """\
+    assert_expected_inline(
+        format_graph(gm),
+        """\
 %x = placeholder[x]
 %counter = get_attr[counter]
 %add_ = call_method[add_](%counter, 1)
 %used = call_module[used](%x)
-return %used""")
+return %used""",
+    )
     assert RemoveDeadCode()(gm, PassContext()).modified is False
     gm(torch.zeros(1, 3))
     gm(torch.zeros(1, 3))
