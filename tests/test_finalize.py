@@ -16,6 +16,11 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor, fx, nn
+
+import nasfx
+from nasfx import LayerChoice, NasfxError, SearchError, SpaceError, VerifyError
+from nasfx.choice import named_choices
 from tests.models import CHANNELS, RandomModel, Step, conv, example, random_steps, real_module
 from tests.strategies.nets import (
     STRATEGIES,
@@ -31,11 +36,6 @@ from tests.strategies.nets import (
     loss_of,
     spread,
 )
-from torch import Tensor, fx, nn
-
-import nasfx
-from nasfx import LayerChoice, NasfxError, SearchError, SpaceError, VerifyError
-from nasfx.choice import named_choices
 
 KINDS: dict[str, Callable[[], nn.Module]] = {
     "chain": Chain,
@@ -79,7 +79,13 @@ def _make(dropout: bool) -> Callable[[str, str], nn.Module]:
 
 
 def _same(
-    model: nn.Module, subnet: nn.Module, arch: Any, x: Tensor, *, training: bool, buffers: bool = True
+    model: nn.Module,
+    subnet: nn.Module,
+    arch: Any,
+    x: Tensor,
+    *,
+    training: bool,
+    buffers: bool = True,
 ) -> None:
     """Outputs, gradients and buffers of copies of both are equal bit for bit."""
     eager, static = copy.deepcopy(model), copy.deepcopy(subnet)
@@ -104,9 +110,7 @@ def _same(
             assert torch.equal(value, expected[name]), name
 
 
-def _check(
-    model: nn.Module, strategy: str, x: Tensor, seed: int, *, buffers: bool = True
-) -> None:
+def _check(model: nn.Module, strategy: str, x: Tensor, seed: int, *, buffers: bool = True) -> None:
     net = nasfx.transform(model, strategy, example_inputs=x)
     spread(net, seed)
     archs = list(net.space.enumerate()) if net.space.size <= 8 else []
@@ -203,7 +207,9 @@ def test_copies_are_independent(strategy: str) -> None:
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
     assert all(p.grad is None for p in net.parameters())
     moved = [k for k, v in subnet.state_dict().items() if not torch.equal(v, before[k])]
-    assert {"stem.weight", "second.bn.1.running_mean", "second.bn.1.num_batches_tracked"} <= set(moved)
+    assert {"stem.weight", "second.bn.1.running_mean", "second.bn.1.num_batches_tracked"} <= set(
+        moved
+    )
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from nasfx.choice import Decision
-from nasfx.errors import CheckpointError
+from nasfx.errors import CheckpointError, SpaceError
 
 
 class ArchState(nn.Module):
@@ -20,74 +20,78 @@ class ArchState(nn.Module):
     `state.path.<label>` (labels hold no dot, so the names cannot meet).
 
     Attributes:
-        generator: draws the paths.
-        decisions: the drawn decision for every label, inactive ones too.
-        names: the candidates' names by label; None for inputs.
+        path_generator: draws the paths.
+        drawn_decisions: the drawn decision for every label, inactive ones too.
+        candidate_names: by label what may be chosen: names, or the indices of inputs.
     """
 
     def __init__(
-        self, alphas: Mapping[str, Tensor], names: Mapping[str, tuple[str, ...] | None], seed: int
+        self,
+        alphas: Mapping[str, Tensor],
+        candidate_names: Mapping[str, tuple[Any, ...]],
+        seed: int,
     ) -> None:
         super().__init__()
+        self.candidate_names = dict(candidate_names)
+        self.drawn_decisions: dict[str, Decision] = {}
+        self.path_generator = torch.Generator().manual_seed(seed)
+        for label in (*alphas, *candidate_names):
+            if hasattr(self, label):
+                raise SpaceError(f"label {label!r} is reserved; give the choice another one")
         for label, alpha in alphas.items():
             self.register_parameter(label, nn.Parameter(alpha))
-        self.names = dict(names)
-        self.decisions: dict[str, Decision] = {}
-        self.generator = torch.Generator().manual_seed(seed)
 
     def forward(self, label: str) -> Decision:
         """The decision that is drawn for `label`."""
-        return self.decisions[label]
+        return self.drawn_decisions[label]
 
-    def alphas(self) -> dict[str, nn.Parameter]:
+    def alpha_parameters(self) -> dict[str, nn.Parameter]:
         """The architecture parameters by label."""
         return {label: p for label, p in self._parameters.items() if p is not None}
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        destination[prefix + "state.generator"] = self.generator.get_state()
-        for label, decision in self.decisions.items():
-            names = self.names[label]
-            indices = [names.index(decision)] if names and isinstance(decision, str) else decision
-            destination[f"{prefix}state.path.{label}"] = torch.tensor(
-                list(indices), dtype=torch.int64
-            )
+        destination[prefix + "state.generator"] = self.path_generator.get_state()
+        for label, decision in self.drawn_decisions.items():
+            names = self.candidate_names[label]
+            indices = [names.index(decision)] if isinstance(decision, str) else list(decision)
+            destination[f"{prefix}state.path.{label}"] = torch.tensor(indices, dtype=torch.int64)
 
     def _load_from_state_dict(
         self, state_dict: Any, prefix: str, local_metadata: Any, strict: bool,
         missing_keys: list[str], unexpected_keys: list[str], error_msgs: list[str],
     ) -> None:  # fmt: skip
-        own = {key[len(prefix) :]: state_dict[key] for key in state_dict if key.startswith(prefix)}
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
-        unexpected_keys[:] = [
-            key for key in unexpected_keys if not key.startswith(f"{prefix}state.")
-        ]
-        if "state.generator" in own:
-            self.generator.set_state(own.pop("state.generator").cpu())
+        own = f"{prefix}state."
+        unexpected_keys[:] = [key for key in unexpected_keys if not key.startswith(own)]
+        if f"{own}generator" in state_dict:
+            self.path_generator.set_state(state_dict[f"{own}generator"].cpu())
         elif strict:
-            missing_keys.append(f"{prefix}state.generator")
-        for key, value in own.items():
-            if not key.startswith("state."):
-                continue
-            label = key.removeprefix("state.path.")
-            if label not in self.names:
-                unexpected_keys.append(prefix + key)
-                continue
-            names = self.names[label]
-            indices = [int(i) for i in value]
-            n = len(names) if names else 1 << 20
-            in_range = all(0 <= i < n for i in indices) and len(set(indices)) == len(indices)
-            if not in_range or (names and len(indices) != 1):
-                raise CheckpointError(f"{prefix}{key} = {indices} is no decision of {label!r}")
-            self.decisions[label] = names[indices[0]] if names else tuple(indices)
+            missing_keys.append(f"{own}generator")
+        for key in [k for k in state_dict if k.startswith(own) and k != f"{own}generator"]:
+            label = key.removeprefix(f"{own}path.")
+            if label in self.candidate_names:
+                self.drawn_decisions[label] = self._decision(key, label, state_dict[key])
+            elif strict:
+                unexpected_keys.append(key)
+
+    def _decision(self, key: str, label: str, value: Tensor) -> Decision:
+        names = self.candidate_names[label]
+        indices = [int(i) for i in value]
+        if any(not 0 <= i < len(names) for i in indices) or len(set(indices)) < len(indices):
+            raise CheckpointError(f"{key} = {indices} is no candidate of {label!r}")
+        if not isinstance(names[0], str):
+            return tuple(indices)
+        if len(indices) != 1:
+            raise CheckpointError(f"{key} = {indices} is no candidate of {label!r}")
+        return names[indices[0]]
 
     def __getstate__(self) -> dict[str, Any]:
-        state = super().__getstate__() if hasattr(super(), "__getstate__") else self.__dict__
-        return {**state, "generator": self.generator.get_state()}
+        return {**self.__dict__, "path_generator": self.path_generator.get_state()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         generator = torch.Generator()
-        generator.set_state(state["generator"])
-        super().__setstate__({**state, "generator": generator})
+        generator.set_state(state["path_generator"])
+        super().__setstate__({**state, "path_generator": generator})

@@ -54,7 +54,7 @@ class Strategy(ABC):
 
     def probabilities(self, arch: ArchState, space: SearchSpace) -> dict[str, Tensor]:
         """By label, the probability that each candidate is chosen, or is among the chosen."""
-        alphas = arch.alphas()
+        alphas = arch.alpha_parameters()
         return {
             choice.label: choice_probabilities(choice, alphas[choice.label].detach())
             for choice in space.choices
@@ -90,14 +90,11 @@ class Strategy(ABC):
             for choice in space.choices
             if (candidates := self.candidates(choice))
         }
-        names = {
-            choice.label: choosable(choice) if choice.kind == "layer" else None
-            for choice in space.choices
-        }
+        names = {choice.label: choosable(choice) for choice in space.choices}
         state = ArchState(alphas, names, seed)
-        state.generator.set_state(generator.get_state())
+        state.path_generator.set_state(generator.get_state())
         if self.samples:
-            state.decisions = {
+            state.drawn_decisions = {
                 choice.label: most_probable(choice, alphas.get(choice.label))
                 for choice in space.choices
             }
@@ -135,7 +132,7 @@ def most_probable(choice: SpaceChoice, alpha: Tensor | None) -> Decision:
 
 def derive_most_probable(arch: ArchState, space: SearchSpace) -> dict[str, Decision]:
     """The most probable decision for every label with parameters."""
-    alphas: Mapping[str, Tensor] = arch.alphas()
+    alphas: Mapping[str, Tensor] = arch.alpha_parameters()
     return {
         choice.label: most_probable(choice, alphas[choice.label])
         for choice in space.choices

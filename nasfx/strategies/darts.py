@@ -58,7 +58,7 @@ class Darts(Strategy):
     def derive(self, arch: ArchState, space: SearchSpace) -> Architecture:
         """The most probable candidates; for edge-scored inputs the strongest edges."""
         decisions: dict[str, Decision] = derive_most_probable(arch, space)
-        alphas = arch.alphas()
+        alphas = arch.alpha_parameters()
         for choice in space.choices:
             if self.edge_scored(choice):
                 scores = [self._score(space[label], alphas[label]) for label in choice.edges]

@@ -44,9 +44,9 @@ class Proxyless(Strategy):
 
     def draw(self, arch: ArchState, space: SearchSpace) -> dict[str, Decision]:
         """Draw every label from its own distribution."""
-        alphas = arch.alphas()
+        alphas = arch.alpha_parameters()
         return {
-            choice.label: draw_decision(choice, alphas[choice.label], arch.generator)
+            choice.label: draw_decision(choice, alphas[choice.label], arch.path_generator)
             for choice in space.choices
         }
 

@@ -14,16 +14,16 @@ from nasfx.ops import ArchState
 def state(seed: int = 0) -> ArchState:
     made = ArchState(
         {"block": torch.tensor([1.0, 2.0]), "pick/0": torch.tensor([0.5, 0.25, 0.125])},
-        {"block": ("a", "b"), "pick/0": None, "uniform": ("c", "d")},
+        {"block": ("a", "b"), "pick/0": (0, 1, 2), "uniform": ("c", "d")},
         seed,
     )
-    made.decisions = {"block": "b", "pick/0": (0, 2), "uniform": "c"}
+    made.drawn_decisions = {"block": "b", "pick/0": (0, 2), "uniform": "c"}
     return made
 
 
 def other() -> ArchState:
     made = state(seed=99)
-    made.decisions = {"block": "a", "pick/0": (), "uniform": "d"}
+    made.drawn_decisions = {"block": "a", "pick/0": (), "uniform": "d"}
     with torch.no_grad():
         for alpha in made.parameters():
             alpha.zero_()
@@ -31,11 +31,11 @@ def other() -> ArchState:
 
 
 def assert_same(a: ArchState, b: ArchState) -> None:
-    assert a.decisions == b.decisions
-    assert a.names == b.names
-    assert a.alphas().keys() == b.alphas().keys()
-    assert all(torch.equal(p, b.alphas()[k]) for k, p in a.alphas().items())
-    draws = [torch.rand(5, generator=g).tolist() for g in (a.generator, b.generator)]
+    assert a.drawn_decisions == b.drawn_decisions
+    assert a.candidate_names == b.candidate_names
+    assert a.alpha_parameters().keys() == b.alpha_parameters().keys()
+    assert all(torch.equal(p, b.alpha_parameters()[k]) for k, p in a.alpha_parameters().items())
+    draws = [torch.rand(5, generator=g).tolist() for g in (a.path_generator, b.path_generator)]
     assert draws[0] == draws[1]
 
 
@@ -60,7 +60,7 @@ def test_state_dict_holds_tensors_alone_and_everything() -> None:
 def test_state_dict_round_trip_also_when_nested() -> None:
     for wrap in (lambda m: m, lambda m: nn.ModuleDict({"arch": m})):
         made, loaded = state(), other()
-        torch.rand(3, generator=made.generator)
+        torch.rand(3, generator=made.path_generator)
         result = wrap(loaded).load_state_dict(wrap(made).state_dict())
         assert not result.missing_keys
         assert not result.unexpected_keys
@@ -74,17 +74,17 @@ def test_state_dict_round_trip_also_when_nested() -> None:
 )
 def test_copies(again: Callable[[ArchState], ArchState]) -> None:
     made = state()
-    torch.rand(3, generator=made.generator)
+    torch.rand(3, generator=made.path_generator)
     copied = again(made)
-    position = made.generator.get_state()
+    position = made.path_generator.get_state()
     assert_same(copied, made)
-    made.generator.set_state(position)
-    torch.rand(7, generator=copied.generator)
-    assert torch.equal(made.generator.get_state(), position), "the generator is its own"
-    copied.decisions["block"] = "a"
+    made.path_generator.set_state(position)
+    torch.rand(7, generator=copied.path_generator)
+    assert torch.equal(made.path_generator.get_state(), position), "the generator is its own"
+    copied.drawn_decisions["block"] = "a"
     with torch.no_grad():
         copied.get_parameter("block").zero_()
-    assert made.decisions["block"] == "b"
+    assert made.drawn_decisions["block"] == "b"
     assert made.get_parameter("block").tolist() == [1, 2]
 
 
