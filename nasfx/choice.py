@@ -95,7 +95,7 @@ class LayerChoice(nn.Module):
             candidates = {str(i): candidate for i, candidate in enumerate(candidates)}
         if not candidates:
             raise SpaceError(f"{site}: a LayerChoice needs at least one candidate")
-        reserved = set(dir(self))
+        reserved = {*dir(self), "relaxed_only", "_active", "graph_children"}
         for name, candidate in candidates.items():
             if not isinstance(candidate, nn.Module):
                 raise SpaceError(
@@ -121,6 +121,10 @@ class LayerChoice(nn.Module):
     def candidates(self) -> tuple[str, ...]:
         """The names of the candidates, in order."""
         return tuple(self._modules)
+
+    def named_candidates(self) -> Iterator[tuple[str, nn.Module]]:
+        """The candidates by name; one module under two names comes twice."""
+        yield from ((name, m) for name, m in self._modules.items() if m is not None)
 
     @property
     def choosable(self) -> tuple[str, ...]:
@@ -190,11 +194,9 @@ class InputChoice(nn.Module):
         super().__init__()
         self.site = site = user_site()
         self.label = _checked_label(label, site)
-        if not isinstance(n_candidates, int) or n_candidates < 1:
+        if not _is_index(n_candidates) or n_candidates < 1:
             raise SpaceError(f"{site}: n_candidates must be at least 1, not {n_candidates!r}")
-        if n_chosen is not None and not (
-            isinstance(n_chosen, int) and 1 <= n_chosen <= n_candidates
-        ):
+        if n_chosen is not None and not (_is_index(n_chosen) and 1 <= n_chosen <= n_candidates):
             raise SpaceError(
                 f"{site}: n_chosen={n_chosen!r} must be between 1 and n_candidates={n_candidates}, "
                 "or None for any subset"
@@ -275,6 +277,10 @@ def reduce_inputs(inputs: Sequence[Any], chosen: Sequence[int], reduction: str) 
     return total / len(taken) if reduction == "mean" and len(taken) > 1 else total
 
 
+def _is_index(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
 def checked_indices(
     value: Any, n_candidates: int, n_chosen: int | None, where: str
 ) -> tuple[int, ...]:
@@ -283,11 +289,11 @@ def checked_indices(
     Raises:
         SpaceError: it is no sequence of distinct indices in range, or not `n_chosen` of them.
     """
-    indices = (value,) if isinstance(value, int) else value
+    indices = (value,) if _is_index(value) else value
     if (
         isinstance(indices, str)
         or not isinstance(indices, Sequence)
-        or not all(isinstance(i, int) and 0 <= i < n_candidates for i in indices)
+        or not all(_is_index(i) and 0 <= i < n_candidates for i in indices)
         or len(set(indices)) != len(indices)
     ):
         raise SpaceError(
@@ -328,6 +334,11 @@ def activated(
         tensor([0.])
     """
     choices = [(choice, choice.active) for _, choice in named_choices(model)]
+    labels = {choice.label or default_label(path) for path, choice in named_choices(model)}
+    if unknown := set(architecture) - labels:
+        raise SpaceError(
+            f"no choice has the label {min(unknown)!r}; the labels are {sorted(labels)}"
+        )
     try:
         for path, choice in named_choices(model):
             label = choice.label or default_label(path)

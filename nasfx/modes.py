@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
 import torch.nn.functional as F
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from nasfx.rewriting.graph import provenance, set_provenance
 
@@ -30,6 +30,7 @@ class TracedFrame(Protocol):
     """What this module needs of a traced graph."""
 
     graph: fx.Graph
+    added: dict[str, Tensor | nn.Module]
 
     def add(self, kind: str, value: nn.Module) -> str:
         """Keep a module the user's tree does not hold; the target to call it by."""
@@ -71,10 +72,26 @@ def differing_modules(
 
 def _pairs(
     train: Sequence[TracedFrame], evaluated: Sequence[TracedFrame]
-) -> Iterator[tuple[TracedFrame, fx.Node, fx.Node]]:
+) -> Iterator[tuple[TracedFrame, TracedFrame, fx.Node, fx.Node]]:
     for one, other in zip(train, evaluated, strict=True):
         for a, b in zip(one.graph.nodes, other.graph.nodes, strict=True):
-            yield one, a, b
+            yield one, other, a, b
+
+
+def _without_training(a: fx.Node, b: fx.Node) -> Any:
+    """The arguments of `a`, with the training flag of `b` where both are one dropout."""
+    if a.target in _DROPOUTS and "training" in b.kwargs:
+        return a.args, {**a.kwargs, "training": b.kwargs["training"]}
+    return a.args, a.kwargs
+
+
+def _added(frame: TracedFrame, node: fx.Node) -> Any:
+    """The value of a constant that forward made, comparable; None for other nodes."""
+    prefix, _, name = str(node.target).rpartition(".")
+    if node.op != "get_attr" or prefix != "_traced":
+        return None
+    value = frame.added[name]
+    return (value.dtype, value.tolist()) if isinstance(value, Tensor) else None
 
 
 def merge_modes(train: Sequence[TracedFrame], evaluated: Sequence[TracedFrame]) -> bool:
@@ -87,11 +104,13 @@ def merge_modes(train: Sequence[TracedFrame], evaluated: Sequence[TracedFrame]) 
         return False
     follows: list[tuple[TracedFrame, fx.Node]] = []
     partner: dict[fx.Node, fx.Node] = {}
-    for frame, a, b in _pairs(train, evaluated):
+    for frame, other, a, b in _pairs(train, evaluated):
         partner[b] = a
         if _rule(a) != _rule(b):
             return False
-        if [partner[n] for n in b.all_input_nodes] != a.all_input_nodes:
+        if fx.map_arg((b.args, b.kwargs), partner.__getitem__) != _without_training(a, b):
+            return False
+        if _added(frame, a) != _added(other, b):
             return False
         if a.kwargs.get("training") is True and b.kwargs.get("training") is False:
             follows.append((frame, a))

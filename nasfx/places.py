@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
 from torch import fx
 
 from nasfx.choice import EMPTY, Choice, InputChoice, LayerChoice
-from nasfx.rewriting.effects import Effects
+from nasfx.rewriting.effects import Effects, inputs_read
 from nasfx.rewriting.graph import join, tensor_leaves
 
 Literal = tuple[str, frozenset[Any]]
@@ -35,10 +35,11 @@ class Place:
     edges: tuple[str, ...] = ()
 
 
-def places_of(gm: fx.GraphModule) -> list[Place]:
-    """All calls of choices in a traced graph, outer ones first."""
+def places_of(graph_modules: Iterable[fx.GraphModule]) -> list[Place]:
+    """All calls of choices in a traced model's graphs, one for each mode; outer ones first."""
     places: list[Place] = []
-    _collect(gm, "", None, places)
+    for gm in graph_modules:
+        _collect(gm, "", None, places)
     return places
 
 
@@ -88,7 +89,7 @@ def _edges(gm: fx.GraphModule, call: fx.Node, choice: Choice) -> tuple[str, ...]
 
 
 def _collect_inside(choice: LayerChoice, path: str, place: int, places: list[Place]) -> None:
-    for name, candidate in choice.named_children():
+    for name, candidate in choice.named_candidates():
         inside = place, (str(choice.label), frozenset({name}))
         if isinstance(candidate, fx.GraphModule):
             _collect(candidate, join(path, name), inside, places)
@@ -129,9 +130,10 @@ def _literal(gm: fx.GraphModule, call: fx.Node, read: fx.Node) -> Literal | None
     if isinstance(choice, InputChoice):
         inputs = cast("Sequence[Any]", call.args[0])
         indices = {i for i, value in enumerate(inputs) if value is read}
-        if choice.n_chosen is None and 0 in indices:
+        if choice.n_chosen is None and 0 in indices and choice.reduction != "none":
             indices.add(EMPTY)
-        every = len(indices) == len(inputs) and choice.n_chosen is not None
+        # More inputs than the unchosen ones could be: whatever is chosen, one of these is.
+        every = choice.n_chosen is not None and len(indices) > len(inputs) - choice.n_chosen
         return None if every else (str(choice.label), frozenset(indices))
     assert isinstance(choice, LayerChoice)
     reading = {name for name in choice.candidates if reads(choice, name, call, read)}
@@ -145,8 +147,5 @@ def reads(choice: LayerChoice, name: str, call: fx.Node, read: fx.Node) -> bool:
     if not isinstance(candidate, fx.GraphModule):
         return True
     tensors = tensor_leaves(call.args, call.kwargs)
-    placeholders = candidate.graph.find_nodes(op="placeholder")
-    return any(
-        value is read and placeholder.users
-        for value, placeholder in zip(tensors, placeholders, strict=True)
-    )
+    used = inputs_read(candidate.graph)
+    return any(value is read and use for value, use in zip(tensors, used, strict=True))

@@ -8,6 +8,7 @@ canonical architectures are two different subnets, and sizes count those.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import torch
@@ -35,6 +36,10 @@ class SearchSpace:
         self._places_of: dict[str, list[int]] = {}
         for i, place in enumerate(places):
             self._places_of.setdefault(place.label, []).append(i)
+        self._conditions = [
+            (() if place.container is None else (place.container,), place.demands)
+            for place in places
+        ]
         self._literals = {choice.label: self._mentioned(choice.label) for choice in choices}
         self._counts: dict[object, int] = {}
 
@@ -59,9 +64,8 @@ class SearchSpace:
             if i in seen:
                 continue
             seen.add(i)
-            place = self._places[i]
-            container = () if place.container is None else (place.container,)
-            for other, literal in (*container, *(place.demands or ())):
+            container, demands = self._conditions[i]
+            for other, literal in (*container, *(demands or ())):
                 stack.append(other)
                 if literal is not None:
                     found.add(literal)
@@ -70,26 +74,20 @@ class SearchSpace:
     def _active(self, label: str, decided: Mapping[str, Decision]) -> bool | None:
         """Whether `label` is active; None where that depends on what is not decided yet."""
         memo: dict[int, bool | None] = {}
-        return _any(self._runs(i, decided, memo) for i in self._places_of[label])
-
-    def _runs(
-        self, index: int, decided: Mapping[str, Decision], memo: dict[int, bool | None]
-    ) -> bool | None:
-        if index not in memo:
-            place = self._places[index]
-            needs: list[bool | None] = []
-            if place.container is not None:
-                outer, literal = place.container
-                needs.append(_all((self._runs(outer, decided, memo), _holds(literal, decided))))
-            if place.demands is not None and False not in needs:
-                needs.append(
-                    _any(
-                        _all((self._runs(user, decided, memo), _holds(literal, decided)))
-                        for user, literal in place.demands
-                    )
-                )
+        stack = list(self._places_of[label])
+        while stack:
+            index = stack[-1]
+            container, demands = self._conditions[index]
+            unknown = [i for i, _ in (*container, *(demands or ())) if i not in memo]
+            if unknown and index not in memo:
+                stack += unknown
+                continue
+            stack.pop()
+            needs = [_all((memo[i], _holds(literal, decided))) for i, literal in container]
+            if demands is not None:
+                needs.append(_any(_all((memo[i], _holds(lit, decided))) for i, lit in demands))
             memo[index] = _all(needs)
-        return memo[index]
+        return _any(memo[i] for i in self._places_of[label])
 
     def active(self, architecture: Mapping[str, Decision]) -> tuple[str, ...]:
         """The labels that are active in a complete `architecture`."""
@@ -100,7 +98,12 @@ class SearchSpace:
     @property
     def size(self) -> int:
         """The exact number of canonical architectures."""
-        return self._count(frozenset(self._by_label), {})
+        limit = sys.getrecursionlimit()
+        sys.setrecursionlimit(limit + 20 * len(self.choices))  # nested choices count recursively
+        try:
+            return self._count(frozenset(self._by_label), {})
+        finally:
+            sys.setrecursionlimit(limit)
 
     def validate(self, architecture: Mapping[str, object]) -> Architecture:
         """The canonical form: exactly the active decisions, in the order of `choices`.
@@ -297,7 +300,7 @@ def search_space(model_or_net: nn.Module) -> SearchSpace:
 
 def space_of(traced: TracedModel) -> SearchSpace:
     """The search space of a traced model."""
-    places = places_of(traced.graph_modules["train"])
+    places = places_of(traced.graph_modules.values())
     modules: dict[str, Choice] = {}
     paths: dict[str, list[str]] = {}
     for place in places:

@@ -172,7 +172,7 @@ def _static(graphs: Mapping[str, ModelGraph], *, copy: bool) -> fx.GraphModule:
     subnet = kind(nn.Module(), fx.Graph(), "Subnet")
     for own in ("_modules", "_parameters", "_buffers", "_non_persistent_buffers_set", "training"):
         subnet.__dict__[own] = root.__dict__[own]
-    subnet.graph = plain["train"]
+    subnet.graph = plain["train"] if root.training else plain.get("eval", plain["train"])
     if len(graphs) > 1:
         subnet.__dict__["mode_graphs"] = {True: plain["train"], False: plain["eval"]}
     return subnet

@@ -15,13 +15,13 @@ from nasfx.errors import SearchError, SpaceError
 from nasfx.ops.arch_state import ArchState
 from nasfx.ops.gates import inclusion_gate, softmax_gate
 from nasfx.passes import Canonicalize, CollapseChoices, InferShapes, RemoveDeadCode
-from nasfx.rewriting.graph import ModelGraph, copy_graph_module
+from nasfx.rewriting.graph import ModelGraph, carry_hooks, copy_graph_module, share_tree
 from nasfx.rewriting.passes import Pass, PassContext
 from nasfx.rewriting.pipeline import History, Pipeline
 from nasfx.space import SearchSpace, space_of
 from nasfx.strategies import Strategy, strategy_named
 from nasfx.strategies.base import Evaluate
-from nasfx.tracing import TracedModel, as_tuple, trace
+from nasfx.tracing import TracedModel, as_tuple, refuse_names, set_modes, trace
 
 _CACHED_SUBNETS = 8
 
@@ -40,6 +40,10 @@ class Supernet(nn.Module):
         history: what every pass did.
     """
 
+    space: SearchSpace
+    strategy: Strategy
+    histories: dict[str, History]
+
     def __init__(
         self,
         traced: TracedModel,
@@ -51,11 +55,8 @@ class Supernet(nn.Module):
         arch: ArchState,
     ) -> None:
         super().__init__()
-        root = lowered["train"]
-        for shared in ("_modules", "_parameters", "_buffers", "_non_persistent_buffers_set"):
-            self.__dict__[shared] = root.__dict__[shared]
-        for hooks in ("_forward_hooks", "_forward_pre_hooks"):
-            self.__dict__[hooks] = traced.__dict__[hooks]
+        share_tree(self, lowered["train"])
+        carry_hooks(self, traced)
         # In dictionaries, so that nn.Module does not register them: they share the tree above.
         self.__dict__["_held"] = {"traced": traced, "arch": arch}
         self.__dict__["_choice_graphs"] = dict(choice_graphs)
@@ -114,8 +115,8 @@ class Supernet(nn.Module):
 
     def train(self, mode: bool = True) -> Supernet:
         """Switch the mode as the model's own `train` does."""
-        super().train(mode)
         self.traced.train(mode)
+        set_modes(self, self.traced.origin, mode)
         return self
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -403,6 +404,7 @@ def transform(
         raise SpaceError(
             "the model has an attribute `arch`, the name of the architecture parameters"
         )
+    refuse_names(model, Supernet)
     inputs = None if example_inputs is None else as_tuple(example_inputs)
     traced = trace(copying.deepcopy(model) if copy else model, inputs, leaf_modules=leaf_modules)
     space = space_of(traced)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy as copying
 import inspect
 import random
 from collections.abc import Callable, Iterator, Sequence
@@ -16,7 +17,8 @@ from torch.utils import _pytree as pytree
 
 from nasfx.choice import Choice, InputChoice, LayerChoice, TensorLeaf, default_label
 from nasfx.errors import SpaceError, TraceError, error_site, user_site
-from nasfx.rewriting.graph import Provenance, has_hooks, join, set_provenance
+from nasfx.rewriting.effects import aliased, mutated
+from nasfx.rewriting.graph import Provenance, clone_tree, has_hooks, join, set_provenance
 
 
 @dataclass
@@ -85,8 +87,10 @@ class ModelTracer(fx.Tracer):
         leaf_modules: Sequence[type | str],
         n_inputs: int | None,
         through_choices: bool,
+        state: dict[int, State],
     ) -> None:
         super().__init__()
+        self.state = state
         self.through_choices = through_choices
         self.opaque = opaque
         self.leaf_modules = leaf_modules
@@ -107,13 +111,15 @@ class ModelTracer(fx.Tracer):
         self.context = _context()
         state = _rng_state()
         try:
-            graph = self.trace(root)
-        except TraceError:
+            graph = self.trace(_with_class_forward(root))
+        except (TraceError, SpaceError):
             raise
         except Exception as error:
             raise _cannot_trace("the model's forward", error) from error
         finally:
             changed = _restore_rng(state)
+        if moved := self._moved(root):
+            raise _cannot_trace(f"{type(root).__name__}.forward", None, moved)
         if changed:
             raise TraceError(
                 f"{type(root).__name__}.forward draws random numbers outside of the graph; tracing "
@@ -134,10 +140,12 @@ class ModelTracer(fx.Tracer):
             return super().create_args_for_root(root_fn, is_module, concrete_args)
         positional: list[Any] = [self.root]
         keywords: dict[str, Any] = {}
+        required = [p.default is p.empty for p in parameters]
         for i, p in enumerate(parameters):
             given = self.n_inputs is not None and i < self.n_inputs
             if p.default is p.empty or (given and p.kind is not p.KEYWORD_ONLY):
-                default = () if p.default is p.empty else (p.default,)
+                # Python allows no default before an input without one.
+                default = () if any(required[i:]) else (p.default,)
                 value = self.create_proxy("placeholder", p.name, default, {})
             else:
                 value = p.default
@@ -167,6 +175,12 @@ class ModelTracer(fx.Tracer):
                 "which a graph would lose"
             )
         node = self.graph.create_node(kind, target, args, kwargs, name, type_expr)
+        if (written := mutated(node)) is not None and _is_constant(written):
+            raise TraceError(
+                f"{user_site()}: a tensor that forward made is written in place; in a graph it is "
+                "one constant for all calls. Make it from an input (x.new_zeros, "
+                "torch.zeros_like), or write it with an operation that is not in place"
+            )
         origin = Provenance(user_site(), self.owners[-1], self.label, self.part)
         return set_provenance(node, origin)
 
@@ -176,6 +190,12 @@ class ModelTracer(fx.Tracer):
             frame = self.frames[-1]
             name = frame.tensors.get(id(a))
             if name is None:
+                if a.requires_grad or any(id(a) in outer.tensors for outer in self.frames):
+                    raise TraceError(
+                        f"{user_site()}: a parameter or buffer is read that does not belong to "
+                        f"{frame.path or 'the model'}; a graph would take it for a constant. Hand "
+                        "it over as an argument"
+                    )
                 name = frame.add("constant", a.detach())
                 frame.tensors[id(a)] = name
                 frame.proxies[f"keep {name}"] = a  # type: ignore[assignment]  # the id stays taken
@@ -250,8 +270,10 @@ class ModelTracer(fx.Tracer):
             reason, failure = f"{site}: {type(error).__name__}: {error}", error
         finally:
             self.owners.pop()
+        moved = self._moved(m)
         if _restore_rng(state) and not reason:
             reason = "draws random numbers outside of the graph"
+        reason = reason or moved
         if not reason:
             return result, ""
         if id(m) in self.choosing:
@@ -267,8 +289,37 @@ class ModelTracer(fx.Tracer):
                 del proxies[node.target]
         return None, reason
 
+    def _moved(self, m: nn.Module) -> str:
+        """What running the code of `m` did to its state outside of the graph; undone."""
+        return next((what for inner in m.modules() if (what := self._moved_own(inner))), "")
+
+    def _moved_own(self, m: nn.Module) -> str:
+        what = ""
+        for kind, state in self.state.get(id(m), {}).items():
+            values = m.__dict__ if kind == "" else m.__dict__[kind]
+            for name, (value, original) in state.items():
+                if values.get(name) is not value:
+                    what = f"assigns {name} in forward, which a graph would do once and for all"
+                    values[name] = value
+                elif not _same_state(value, original):
+                    what = f"changes {name} in forward outside of the graph"
+                    if isinstance(value, _GENERATORS):
+                        what = f"draws random numbers from {name} outside of the graph"
+                    _set_state(value, original)
+            for name in [n for n in values if kind and n not in state]:
+                what = f"makes {name} in forward, which a graph would do once and for all"
+                del values[name]
+        return what
+
     def _call_choice(self, m: Choice, path: str, args: Any, kwargs: Any) -> Any:
         frame = self.frames[-1]
+        if has_hooks(m):
+            raise TraceError(
+                f"{m.described} has forward or backward hooks, which the rewritten graph would "
+                "lose; remove them, or put them on a module without choices"
+            )
+        # A tensor that forward made, or a buffer, is an input of the choice like any other.
+        args, kwargs = pytree.tree_map(self._as_proxy, (args, kwargs))
         leaves, spec = pytree.tree_flatten((args, kwargs))
         structure = (spec, *(TensorLeaf if isinstance(leaf, Proxy) else leaf for leaf in leaves))
         if isinstance(m, InputChoice):
@@ -281,6 +332,9 @@ class ModelTracer(fx.Tracer):
         finally:
             self.label, self.part = outer
 
+    def _as_proxy(self, leaf: Any) -> Any:
+        return Proxy(self.create_arg(leaf), self) if isinstance(leaf, torch.Tensor) else leaf
+
     def _record_call(self, m: Choice, path: str, structure: tuple[Any, ...]) -> None:
         """Trace the candidates at the first call; later calls must have the same structure."""
         frame = self.frames[-1]
@@ -288,7 +342,7 @@ class ModelTracer(fx.Tracer):
         if call is None:
             call = self.calls[id(m)] = Call(structure)
             if isinstance(m, LayerChoice):
-                for name, candidate in m.named_children():
+                for name, candidate in m.named_candidates():
                     full = join(frame.path, path, name)
                     call.candidates[name] = self._candidate(m, name, candidate, full, call)
         elif not _equal(call.structure, structure):
@@ -374,8 +428,102 @@ def _equal(a: tuple[Any, ...], b: tuple[Any, ...]) -> bool:
     )
 
 
-def _context() -> tuple[bool, ...]:
-    return torch.is_grad_enabled(), torch.is_inference_mode_enabled(), torch.is_autocast_enabled()
+def _context() -> tuple[Any, ...]:
+    cast = [
+        (torch.is_autocast_enabled(device), torch.get_autocast_dtype(device))
+        for device in ("cpu", "cuda")
+    ]
+    return torch.is_grad_enabled(), torch.is_inference_mode_enabled(), cast
+
+
+def _is_constant(node: fx.Node) -> bool:
+    """Whether the value is, or views, a tensor that forward made outside of the graph."""
+    while (of := aliased(node)) is not None:
+        node = of
+    return node.op == "get_attr" and str(node.target).startswith("_traced.")
+
+
+def _with_class_forward(root: nn.Module) -> nn.Module:
+    """Fx traces the class's forward; one that was set on the instance becomes the class's."""
+    own = root.__dict__.get("forward")
+    if own is None:
+        return root
+
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return own(*args, **kwargs)
+
+    self_parameter = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
+    parameters = [
+        p.replace(kind=p.POSITIONAL_ONLY) if p.kind is p.POSITIONAL_OR_KEYWORD else p
+        for p in inspect.signature(own).parameters.values()
+    ]
+    forward.__signature__ = inspect.Signature([self_parameter, *parameters])  # type: ignore[attr-defined]
+    root.__class__ = type(type(root).__name__, (type(root),), {"forward": forward})
+    return root
+
+
+_GENERATORS = (torch.Generator, random.Random, np.random.Generator)
+State = dict[str, dict[str, tuple[Any, Any]]]
+
+
+def scratch_clone(model: nn.Module, mode: bool) -> tuple[nn.Module, dict[int, State]]:
+    """A clone that tracing may do anything to, and by module what its state was.
+
+    Dictionaries, tensors and random generators are the clone's own. The state holds, for
+    parameters, buffers and other attributes by name, the clone's value and the original one.
+    """
+    scratch = clone_tree(model)
+    copies: dict[int, Any] = {}
+
+    def own(value: Any) -> Any:
+        if id(value) not in copies:
+            copies[id(value)] = copying.deepcopy(value)
+        return copies[id(value)]
+
+    state: dict[int, State] = {}
+    for module in scratch.modules():
+        mine = state[id(module)] = {}
+        for kind in ("_parameters", "_buffers"):
+            originals = module.__dict__[kind]
+            module.__dict__[kind] = {n: None if t is None else own(t) for n, t in originals.items()}
+            mine[kind] = {n: (module.__dict__[kind][n], t) for n, t in originals.items()}
+        mine[""] = {}
+        for name, value in list(module.__dict__.items()):
+            if isinstance(value, (torch.Tensor, *_GENERATORS)):
+                module.__dict__[name] = own(value)
+                mine[""][name] = (module.__dict__[name], value)
+    return scratch.train(mode), state
+
+
+def _same_state(value: Any, original: Any) -> bool:
+    if value is None or original is None:
+        return value is original
+    if isinstance(value, torch.Tensor):
+        if value.shape != original.shape:
+            return False
+        return torch.equal(value, original) or bool(
+            ((value == original) | ((value != value) & (original != original))).all()
+        )
+    return repr(_generator_state(value)) == repr(_generator_state(original))
+
+
+def _generator_state(generator: Any) -> Any:
+    if isinstance(generator, torch.Generator):
+        return generator.get_state().tolist()
+    if isinstance(generator, random.Random):
+        return generator.getstate()
+    return generator.bit_generator.state
+
+
+def _set_state(value: Any, original: Any) -> None:
+    if isinstance(value, torch.Tensor):
+        value.data.copy_(original)
+    elif isinstance(value, torch.Generator):
+        value.set_state(original.get_state())
+    elif isinstance(value, random.Random):
+        value.setstate(original.getstate())
+    else:
+        value.bit_generator.state = original.bit_generator.state
 
 
 def _rng_state() -> tuple[Any, ...]:

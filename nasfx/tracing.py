@@ -10,14 +10,16 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import fx, nn
 
 from nasfx.choice import Choice, default_label, named_choices
-from nasfx.errors import SpaceError
+from nasfx.errors import SpaceError, TraceError
 from nasfx.modes import differing_modules, merge_modes
-from nasfx.rewriting.graph import ModelGraph, clone_tree, join
-from nasfx.tracer import Frame, ModelTracer
+from nasfx.rewriting.graph import ModelGraph, carry_hooks, clone_tree, join, share_tree
+from nasfx.tracer import Frame, ModelTracer, scratch_clone
+
+# What a graph module keeps under these names would hide a child of the user's.
+_TAKEN_BY_FX = {"graph", "code", "meta"}
 
 
 class TracedModel(nn.Module):
@@ -27,7 +29,12 @@ class TracedModel(nn.Module):
         opaque: the reason, by module path, why a module stands as one node.
         origin: the user's own module classes over the same tensors; runs eagerly, follows
             `train()`.
+        leaf_modules, example_inputs: as they were given to `trace`.
     """
+
+    opaque: dict[str, str]
+    leaf_modules: tuple[type | str, ...]
+    example_inputs: tuple[Any, ...] | None
 
     def __init__(
         self,
@@ -39,12 +46,8 @@ class TracedModel(nn.Module):
     ) -> None:
         super().__init__()
         self.leaf_modules = leaf_modules
-        self.__dict__["_modules"] = graphs[0]._modules
-        self.__dict__["_parameters"] = graphs[0]._parameters
-        self.__dict__["_buffers"] = graphs[0]._buffers
-        self.__dict__["_non_persistent_buffers_set"] = graphs[0]._non_persistent_buffers_set
-        for hooks in ("_forward_hooks", "_forward_pre_hooks"):
-            self.__dict__[hooks] = origin.__dict__[hooks]
+        share_tree(self, graphs[0])
+        carry_hooks(self, origin)
         # In a dictionary of their own, so that nn.Module does not register them as children.
         self.__dict__["_held"] = {"origin": origin, "train": graphs[0], "eval": graphs[1]}
         self.opaque = dict(opaque)
@@ -75,8 +78,7 @@ class TracedModel(nn.Module):
 
     def train(self, mode: bool = True) -> TracedModel:
         """Switch the mode as the user's own `train` does, and with it the graph."""
-        super().train(mode)
-        self.origin.train(mode)
+        set_modes(self, self.origin, mode)
         return self
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -126,6 +128,16 @@ def _trace(
     *,
     through_choices: bool,
 ) -> TracedModel:
+    if isinstance(model, TracedModel):
+        model = model.origin
+    if isinstance(model, Choice):
+        raise TraceError(
+            f"{model.described} is the whole model; put it into a module whose forward calls it"
+        )
+    paths = {path for path, _ in model.named_modules()}
+    if missing := [leaf for leaf in leaf_modules if isinstance(leaf, str) and leaf not in paths]:
+        raise TraceError(f"leaf_modules names {missing[0]!r}, which is no module of the model")
+    refuse_names(model, TracedModel)
     inputs = None if example_inputs is None else as_tuple(example_inputs)
     opaque: dict[str, str] = {}
     n_inputs = None if inputs is None else len(inputs)
@@ -133,8 +145,9 @@ def _trace(
         known = dict(opaque)
         frames: list[Frame] = []
         for mode in (True, False):
-            tracer = ModelTracer(opaque, leaf_modules, n_inputs, through_choices)
-            frames.append(tracer.run(_scratch(model, mode)))
+            scratch, state = scratch_clone(model, mode)
+            tracer = ModelTracer(opaque, leaf_modules, n_inputs, through_choices, state)
+            frames.append(tracer.run(scratch))
         differing = differing_modules(*([list(f.frames()) for f in frames]))
         for path, what in differing.items():
             module = model.get_submodule(path)
@@ -158,21 +171,33 @@ def _trace(
     return TracedModel(origin, (trained, evaluated), opaque, inputs, tuple(leaf_modules))
 
 
+def set_modes(module: nn.Module, origin: nn.Module, mode: bool) -> None:
+    """Switch all of `module`, then leave the last word to the `train` of the user's own classes."""
+    for inner in module.modules():
+        inner.training = mode
+    origin.train(mode)
+
+
+def refuse_names(model: nn.Module, taker: type[nn.Module]) -> None:
+    """Refuse a model whose own names are attributes of the class that will carry them.
+
+    Raises:
+        SpaceError: names the attribute.
+    """
+    own = {*dir(taker), *taker.__annotations__} - {*dir(nn.Module), *nn.Module.__annotations__}
+    for path, module in model.named_modules():
+        taken = own | _TAKEN_BY_FX if path == "" else _TAKEN_BY_FX
+        for name in (*module._modules, *module._parameters, *module._buffers):
+            if name in taken:
+                raise SpaceError(
+                    f"{path or 'the model'} ({type(module).__name__}) has a child or tensor "
+                    f"{name!r}, a name that the rewritten module needs itself; rename it"
+                )
+
+
 def as_tuple(inputs: Any) -> tuple[Any, ...]:
     """Example inputs as a tuple of arguments."""
     return tuple(inputs) if isinstance(inputs, tuple | list) else (inputs,)
-
-
-def _scratch(model: nn.Module, mode: bool) -> nn.Module:
-    """A clone that tracing may do anything to: dictionaries and plain tensors of its own."""
-    scratch = clone_tree(model)
-    for module in scratch.modules():
-        for name, value in list(module.__dict__.items()):
-            if name in ("_parameters", "_buffers"):
-                module.__dict__[name] = dict(value)
-            elif isinstance(value, torch.Tensor):
-                module.__dict__[name] = value.detach().clone()
-    return scratch.train(mode)
 
 
 def _leaf_modules(model: nn.Module, frame: Frame) -> Iterator[nn.Module]:
@@ -201,9 +226,10 @@ def _assemble(root: nn.Module, frame: Frame, done: dict[int, ModelGraph]) -> Mod
                 choice._modules[name] = _assemble(inner, candidate, done)
     if frame.added:
         holder = nn.Module()
+        holder.training = root.training
         for name, value in frame.added.items():
             if isinstance(value, nn.Module):
-                holder.add_module(name, value)
+                holder.add_module(name, value.train(root.training))
             else:
                 holder.register_buffer(name, value, persistent=False)
         root._modules["_traced"] = holder

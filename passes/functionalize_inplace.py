@@ -99,6 +99,11 @@ def _choice(node: fx.Node) -> Choice | None:
     return module if isinstance(module, Choice) else None
 
 
+def _candidates(choice: Choice) -> Iterator[tuple[str, nn.Module]]:
+    if isinstance(choice, LayerChoice):
+        yield from choice.named_candidates()
+
+
 def _calls(gm: fx.GraphModule) -> Iterator[tuple[fx.GraphModule, fx.Node, Choice]]:
     for _, inner in graphs(gm):
         for node in inner.graph.find_nodes(op="call_module"):
@@ -109,7 +114,7 @@ def _calls(gm: fx.GraphModule) -> Iterator[tuple[fx.GraphModule, fx.Node, Choice
 def _wrap_leaves(call: fx.Node, choice: Choice) -> bool:
     """Put leaf candidates that write in place into graphs, in which they can be rewritten."""
     changed = False
-    for name, module in list(choice.named_children()):
+    for name, module in list(_candidates(choice)):
         if isinstance(module, LayerChoice):
             changed |= _wrap_leaves(call, module)
         elif not isinstance(module, fx.GraphModule) and getattr(module, "inplace", False) is True:
@@ -141,7 +146,7 @@ def _wrapped(call: fx.Node, name: str, module: nn.Module) -> ModelGraph:
 def _writes(choice: Choice) -> dict[int, tuple[str, str]]:
     """By the position of the tensor, the candidate that writes to it, and where."""
     found: dict[int, tuple[str, str]] = {}
-    for name, candidate in choice.named_children():
+    for name, candidate in _candidates(choice):
         if isinstance(candidate, LayerChoice):
             found |= _writes(candidate)
         elif isinstance(candidate, fx.GraphModule):
@@ -192,7 +197,7 @@ def _refuse_if_output_is_an_input_read_again(
 def _may_pass_its_input_on(choice: Choice) -> bool:
     if isinstance(choice, InputChoice):
         return choice.reduction in ("sum", "mean", "none")
-    for candidate in choice.children():
+    for _, candidate in choice.named_candidates():
         if isinstance(candidate, LayerChoice):
             if _may_pass_its_input_on(candidate):
                 return True

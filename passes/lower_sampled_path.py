@@ -111,7 +111,7 @@ class _Lowering:
         if isinstance(choice, InputChoice):
             return self.modules.setdefault(id(choice), self.rules.input_switch(choice))
         switch = self.rules.switch(choice)
-        for name, child in choice.named_children():
+        for name, child in choice.named_candidates():
             needs: tuple[str, ...] = ()
             if isinstance(child, fx.GraphModule):
                 needs = self.graph(child)

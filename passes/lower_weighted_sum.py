@@ -84,7 +84,7 @@ class LowerWeightedSum(Pass):
                 todo.extend(self._mix_candidates(gm, node, choice, gates))
         for path, choice in sorted(shells.items()):
             shell = shallow_container(choice)
-            for name, child in choice.named_children():
+            for name, child in choice.named_candidates():
                 if isinstance(child, fx.GraphModule):
                     shell._modules[name] = shallow_container(child)
             set_module(gm, path, shell)
@@ -119,7 +119,7 @@ class LowerWeightedSum(Pass):
         outputs: list[Any] = []
         new: list[fx.Node] = []
         with gm.graph.inserting_before(node):
-            for name, candidate in choice.named_children():
+            for name, candidate in choice.named_candidates():
                 target = f"{node.target}.{name}"
                 if isinstance(candidate, fx.GraphModule):
                     tensors = tensor_leaves(node.args, node.kwargs)

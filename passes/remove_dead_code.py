@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from torch import fx
 
-from nasfx.rewriting.effects import Effects
+from nasfx.rewriting.effects import needed_nodes
 from nasfx.rewriting.graph import graphs
 from nasfx.rewriting.passes import Exactness, Pass, PassContext
 from nasfx.rewriting.verifier import ANY, Stage
@@ -37,12 +37,7 @@ class RemoveDeadCode(Pass):
         """Sweep every graph once, users before what they read."""
         changed = False
         for _, inner in graphs(gm):
-            effects = Effects(inner.graph)
-            needed: set[fx.Node] = set()
-            for node in reversed(inner.graph.nodes):
-                seen = any(user in needed for user in effects.observers(node))
-                if seen or effects.always_needed(node):
-                    needed.add(node)
+            needed = needed_nodes(inner.graph)
             for node in reversed(inner.graph.nodes):
                 if node not in needed:
                     inner.graph.erase_node(node)

@@ -1,4 +1,4 @@
-"""`finalize`: the subnet equals the eager model, stands on its own, and its certificate is earned."""
+"""`finalize`: the subnet equals the eager model and stands alone; what the certificate says."""
 
 from __future__ import annotations
 
@@ -523,9 +523,10 @@ def test_errors() -> None:
             nasfx.finalize(target, {**ARCH, "first": [0]})
     with pytest.raises(SpaceError, match=r"has 1 inputs, n_chosen is 2"):
         nasfx.finalize(built(Skips), {"pick": [1], "block": "lin"})
+    arch: dict[str, Any] = dict.fromkeys(("1<-0", "1<-1", "2<-0", "2<-1"), "lin")
+    arch |= {"1<-0": "none", "node1": [0, 1], "node2": [0, 1]}
     with pytest.raises(SpaceError, match=r"relaxed_only and cannot be chosen"):
-        arch = dict.fromkeys(("1<-0", "1<-1", "2<-0", "2<-1"), "lin")
-        nasfx.finalize(built(Cell), {**arch, "1<-0": "none", "node1": [0, 1], "node2": [0, 1]})
+        nasfx.finalize(built(Cell), arch)
 
 
 def test_an_error_leaves_the_model_with_its_active_candidates() -> None:

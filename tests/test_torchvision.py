@@ -1,3 +1,5 @@
+import gc
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -41,6 +43,13 @@ def assert_same(found: tuple[list[Any], Any], expected: tuple[list[Any], Any]) -
     assert all(torch.isfinite(e).all() for e in expected[0])
     for f, e in zip(found[0], expected[0], strict=True):
         assert torch.equal(f, e)
+
+
+@pytest.fixture(autouse=True)
+def freed() -> Iterator[None]:
+    """Graphs and their nodes refer to each other, and hold the weights until they are collected."""
+    yield
+    gc.collect()
 
 
 @pytest.mark.slow

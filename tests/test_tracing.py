@@ -283,7 +283,9 @@ def test_constants_made_in_forward_are_arguments_of_a_choice_as_tensors() -> Non
 
 
 @pytest.mark.parametrize("how", ["+=", "add_", "setitem"])
-def test_a_tensor_made_in_forward_is_made_anew_in_each_call(how: str) -> None:
+def test_a_write_to_a_tensor_made_in_forward_is_refused(how: str) -> None:
+    """In a graph it would be one constant for all calls."""
+
     def forward(self: nn.Module, x: Tensor) -> Tensor:
         total = torch.zeros(3, 4)
         if how == "+=":
@@ -294,12 +296,9 @@ def test_a_tensor_made_in_forward_is_made_anew_in_each_call(how: str) -> None:
             total[:, 0] = x[:, 1]
         return total * 2
 
-    model = Made(forward)
-    traced = trace(model)
-    x, y = rows(), rows(1)
-    assert torch.equal(traced(x), model(x))
-    assert torch.equal(traced(y), model(y))
-    assert torch.equal(traced(x), model(x))
+    with pytest.raises(TraceError, match=r"test_tracing.py:\d+: a tensor that forward made") as e:
+        trace(Made(forward))
+    assert "new_zeros" in str(e.value)
 
 
 def test_tracing_again_what_was_traced() -> None:
@@ -311,9 +310,23 @@ def test_tracing_again_what_was_traced() -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["opaque", "graph", "code", "meta", "origin", "example_inputs", "leaf_modules", "path"]
+    "name", ["opaque", "graph", "code", "meta", "origin", "example_inputs", "leaf_modules"]
 )
-def test_children_may_have_any_name(name: str) -> None:
+def test_children_with_a_name_that_the_graph_needs_are_refused(name: str) -> None:
+    model = Made(lambda s, x: s.act(s._modules[name](x)), act=two("c"), **{name: linear()})
+    with pytest.raises(SpaceError, match=f"the model .* has a child or tensor '{name}'"):
+        trace(model)
+
+
+@pytest.mark.parametrize("name", ["graph", "code", "meta"])
+def test_inner_children_with_a_name_of_fx_are_refused(name: str) -> None:
+    inner = Made(lambda s, x: s._modules[name](x), **{name: linear()})
+    with pytest.raises(SpaceError, match=f"1 .* has a child or tensor '{name}'"):
+        trace(nn.Sequential(two("c"), inner))
+
+
+@pytest.mark.parametrize("name", ["path", "space", "forward_", "label"])
+def test_children_may_have_any_other_name(name: str) -> None:
     model = Made(lambda s, x: s.act(s._modules[name](x)), act=two("c"), **{name: linear()})
     x = rows()
     traced = trace(model)
@@ -323,11 +336,10 @@ def test_children_may_have_any_name(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["space", "strategy", "histories", "history"])
-def test_children_may_have_any_name_in_a_supernet(name: str) -> None:
+def test_children_with_a_name_that_the_supernet_needs_are_refused(name: str) -> None:
     model = Made(lambda s, x: s.act(s._modules[name](x)), act=two("c"), **{name: linear()})
-    net = nasfx.transform(model, "single-path")
-    with net.forced({"c": "tanh"}):
-        assert torch.equal(net(rows()), model._modules[name](rows()).tanh())
+    with pytest.raises(SpaceError, match=f"the model .* has a child or tensor '{name}'"):
+        nasfx.transform(model, "single-path")
 
 
 @pytest.mark.parametrize("label", ["decisions", "generator"])

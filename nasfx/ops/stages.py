@@ -55,7 +55,7 @@ def _choice_call_fits(gm: fx.GraphModule, node: fx.Node) -> str | None:
         return None
     assert isinstance(choice, LayerChoice)
     given = len(tensor_leaves(node.args, node.kwargs))
-    for name, candidate in choice.named_children():
+    for name, candidate in choice.named_candidates():
         if isinstance(candidate, fx.GraphModule):
             taken = len(candidate.graph.find_nodes(op="placeholder"))
             if taken != given:

@@ -17,15 +17,16 @@ _INPLACE_OPERATORS = {
     operator.imod, operator.ipow, operator.iand, operator.ior, operator.ixor, operator.imatmul,
     operator.setitem,
 }  # fmt: skip
-_VIEWS = {
-    "adjoint", "as_strided", "bfloat16", "broadcast_to", "chunk", "conj", "contiguous", "cpu",
-    "cuda", "detach", "diagonal", "double", "dsplit", "expand", "expand_as", "flatten", "float",
-    "getattr", "getitem", "half", "hsplit", "imag", "moveaxis", "movedim", "narrow", "permute",
-    "positive", "ravel", "real", "reshape", "reshape_as", "resolve_conj", "resolve_neg", "select", "split",
-    "split_with_sizes", "squeeze", "swapaxes", "swapdims", "t", "tensor_split", "to", "transpose",
-    "type", "type_as", "unbind", "unflatten", "unfold", "unsafe_chunk", "unsafe_split", "unsqueeze",
-    "view", "view_as", "view_as_complex", "view_as_real", "vsplit", "__getitem__",
-}  # fmt: skip
+_VIEWS = set(
+    """
+    adjoint as_strided bfloat16 broadcast_to chunk conj contiguous cpu cuda detach diagonal
+    double dsplit expand expand_as flatten float getattr getitem half hsplit imag moveaxis
+    movedim narrow permute positive ravel real reshape reshape_as resolve_conj resolve_neg
+    select split split_with_sizes squeeze swapaxes swapdims t tensor_split to transpose type
+    type_as unbind unflatten unfold unsafe_chunk unsafe_split unsqueeze view view_as
+    view_as_complex view_as_real vsplit __getitem__
+    """.split()
+)
 """Methods, and functions of torch and operator, that may give a view of their first argument."""
 VIEW_MODULES = (nn.Identity, nn.Flatten, nn.Unflatten, nn.modules.dropout._DropoutNd)
 _SEEN_OUTSIDE = {torch._assert, print, setattr}
@@ -108,6 +109,23 @@ class Effects:
         """The nodes after `node` that read the memory of `value`."""
         for alias in self.sharing[self.base[value]]:
             yield from (user for user in alias.users if node < user)
+
+
+def needed_nodes(graph: fx.Graph) -> set[fx.Node]:
+    """The nodes whose value or effect reaches the outside of the graph."""
+    effects = Effects(graph)
+    needed: set[fx.Node] = set()
+    for node in reversed(graph.nodes):
+        if effects.always_needed(node) or any(user in needed for user in effects.observers(node)):
+            needed.add(node)
+    return needed
+
+
+def inputs_read(graph: fx.Graph) -> list[bool]:
+    """For every placeholder, whether a node that is needed reads it."""
+    needed = needed_nodes(graph)
+    placeholders = graph.find_nodes(op="placeholder")
+    return [any(user in needed for user in node.users) for node in placeholders]
 
 
 def _module(node: fx.Node) -> nn.Module | None:

@@ -9,8 +9,10 @@ lowering, in train and in eval mode) over *one* set of tensors that keeps the us
 from __future__ import annotations
 
 import copy
+from collections import OrderedDict, deque
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from types import MethodType
 from typing import Any
 
 import torch
@@ -37,6 +39,8 @@ class Provenance:
 
 
 _NOWHERE = Provenance()
+
+_TREE = ("_modules", "_parameters", "_buffers", "_non_persistent_buffers_set")
 
 
 def provenance(node: fx.Node) -> Provenance:
@@ -76,8 +80,7 @@ class ModelGraph(fx.GraphModule):
 
     def __init__(self, root: nn.Module, graph: fx.Graph, class_name: str = "ModelGraph") -> None:
         super().__init__(nn.Module(), fx.Graph(), class_name)
-        for shared in ("_modules", "_parameters", "_buffers", "_non_persistent_buffers_set"):
-            self.__dict__[shared] = root.__dict__[shared]
+        share_tree(self, root)
         self.__dict__.update(_plain_tensors(root))
         if type(graph) is fx.Graph:
             graph.__class__ = TextGraph  # the same object with another way to print
@@ -110,7 +113,7 @@ class ModelGraph(fx.GraphModule):
     def __deepcopy__(self, memo: dict[int, Any]) -> ModelGraph:
         shell = nn.Module()
         memo[id(self)] = new = type(self).__new__(type(self))
-        for name in ("_modules", "_parameters", "_buffers", "_non_persistent_buffers_set"):
+        for name in _TREE:
             shell.__dict__[name] = copy.deepcopy(self.__dict__[name], memo)
         shell.__dict__.update(copy.deepcopy(_plain_tensors(self), memo))
         shell.training = self.training
@@ -119,10 +122,7 @@ class ModelGraph(fx.GraphModule):
         return new
 
     def __reduce__(self) -> tuple[Any, ...]:
-        state = {
-            name: self.__dict__[name]
-            for name in ("_modules", "_parameters", "_buffers", "_non_persistent_buffers_set")
-        }
+        state = {name: self.__dict__[name] for name in _TREE}
         state |= {"training": self.training, "meta": self.meta, **_plain_tensors(self)}
         return _unpickled, (state, dump_graph(self.graph), type(self).__name__)
 
@@ -180,10 +180,31 @@ def load_graph(nodes: list[tuple[Any, ...]]) -> fx.Graph:
     return graph
 
 
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_HOOK_OPTIONS = (
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks_with_kwargs",
+    "_is_full_backward_hook",
+)
+
+
 def has_hooks(module: nn.Module) -> bool:
     """Whether the user hung code on calls of `module`, forward or backward."""
-    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    return any(getattr(module, hooks, None) for hooks in kinds)
+    return any(getattr(module, hooks, None) for hooks in _HOOKS)
+
+
+def carry_hooks(new: nn.Module, old: nn.Module) -> None:
+    """Let calls of `new` run the hooks of `old`."""
+    for name in (*_HOOKS, *_HOOK_OPTIONS):
+        if name in old.__dict__:
+            new.__dict__[name] = old.__dict__[name]
+
+
+def share_tree(new: nn.Module, old: nn.Module) -> None:
+    """Let `new` have the children, parameters and buffers of `old`: the dictionaries themselves."""
+    for name in _TREE:
+        new.__dict__[name] = old.__dict__[name]
 
 
 def is_region(module: nn.Module) -> bool:
@@ -204,7 +225,7 @@ def region_children(module: nn.Module) -> Mapping[str, nn.Module]:
     if not is_region(module):
         return {}
     own = getattr(module, "graph_children", None)
-    return dict(module.named_children()) if own is None else own()
+    return {k: v for k, v in module._modules.items() if v is not None} if own is None else own()
 
 
 def graphs(gm: fx.GraphModule, path: str = "") -> Iterator[tuple[str, fx.GraphModule]]:
@@ -236,21 +257,36 @@ def join(*parts: str) -> str:
     return ".".join(part for part in parts if part)
 
 
-def shallow(module: nn.Module) -> nn.Module:
-    """A new module object with a child dictionary of its own and the same tensor dictionaries.
-
-    Python's own containers among the attributes are copied one level deep, so that the new
-    module's `forward` cannot write to the old one's lists.
-    """
+def _shallow(module: nn.Module) -> nn.Module:
+    """A new module object with a child dictionary of its own and the same tensor dictionaries."""
     new = object.__new__(type(module))
-    for name, value in module.__dict__.items():
-        if name in ("_parameters", "_buffers", "_non_persistent_buffers_set"):
-            new.__dict__[name] = value
-        elif type(value).__name__ in ("dict", "OrderedDict", "list", "set"):
-            new.__dict__[name] = value.copy()
-        else:
-            new.__dict__[name] = value
+    new.__dict__.update(module.__dict__)
+    new.__dict__["_modules"] = module.__dict__["_modules"].copy()
     return new
+
+
+def _own_attributes(module: nn.Module, memo: Mapping[int, nn.Module]) -> None:
+    """Give `module` containers of its own, in which old modules are replaced by the new ones."""
+    for name, value in module.__dict__.items():
+        if name not in _TREE:
+            module.__dict__[name] = _own(value, memo)
+
+
+def _own(value: Any, memo: Mapping[int, nn.Module]) -> Any:
+    kind = type(value)
+    if isinstance(value, nn.Module):
+        return memo.get(id(value), value)
+    if kind in (list, set):
+        return kind(_own(v, memo) for v in value) if value else value.copy()
+    if kind is deque:
+        return deque((_own(v, memo) for v in value), value.maxlen)
+    if kind in (dict, OrderedDict):
+        return kind((k, _own(v, memo)) for k, v in value.items()) if value else value.copy()
+    if kind is tuple:
+        return tuple(_own(v, memo) for v in value)
+    if kind is MethodType and id(value.__self__) in memo:
+        return MethodType(value.__func__, memo[id(value.__self__)])
+    return value
 
 
 def clone_tree(module: nn.Module, memo: dict[int, nn.Module] | None = None) -> nn.Module:
@@ -274,22 +310,23 @@ def clone_tree(module: nn.Module, memo: dict[int, nn.Module] | None = None) -> n
                 shell, copy.deepcopy(current.graph), type(current).__name__
             )
         else:
-            memo[id(current)] = shallow(current)
+            memo[id(current)] = _shallow(current)
         order.append(current)
         stack.extend(child for child in current._modules.values() if child is not None)
     for current in order:
         children = memo[id(current)].__dict__["_modules"]
         for name, child in current._modules.items():
             children[name] = None if child is None else memo[id(child)]
+        if not isinstance(current, fx.GraphModule):
+            _own_attributes(memo[id(current)], memo)
     return memo[id(module)]
 
 
 def shallow_container(module: nn.Module) -> nn.Module:
     """A plain module with a child dictionary of its own and the same tensor dictionaries."""
     shell = nn.Module()
+    share_tree(shell, module)
     shell.__dict__["_modules"] = dict(module._modules)
-    for name in ("_parameters", "_buffers", "_non_persistent_buffers_set"):
-        shell.__dict__[name] = module.__dict__[name]
     shell.__dict__.update(_plain_tensors(module))
     shell.training = module.training
     meta = getattr(module, "meta", None)

@@ -83,6 +83,11 @@ def choice_as_producer(m: Net, x: Tensor) -> Tensor:
     return m.pick([m.a(x), m.layer(m.b(x))])
 
 
+def tied(m: Net, x: Tensor) -> Tensor:
+    h = m.a(x)
+    return m.first([x, m.b(h)]) * m.second([x, m.c(h)])
+
+
 def also_read_elsewhere(m: Net, x: Tensor) -> Tensor:
     a, b = m.a(x), m.b(x)
     return m.pick([a, b]) + b
@@ -138,6 +143,9 @@ CASES: dict[str, tuple[Callable[[], Net], Callable[[dict[str, Any]], str]]] = {
     "choice as producer": (
         lambda: Net(choice_as_producer, pick=pick(2), layer=layer()),
         lambda d: ["a", "b"][d["pick"][0]],
+    ),
+    "tied": (
+        lambda: Net(tied, first=pick(2), second=pick(2)), lambda d: ["", "abc"][d["pick"][0]],
     ),
     "also read elsewhere": (
         lambda: Net(also_read_elsewhere, pick=pick(2)), lambda d: ["ab", "b"][d["pick"][0]],
@@ -277,7 +285,7 @@ def gate_gradients(model: Net, decided: dict[str, Any], net: nasfx.Supernet) -> 
         def note(choice: Any, args: Any, output: Tensor) -> Tensor:
             own = output * 1  # not the input itself, which others read
             own = own if own.requires_grad else own.requires_grad_()
-            values[choice.label] = args, own
+            values[choice] = args, own
             return own
 
         handles = [
@@ -292,7 +300,7 @@ def gate_gradients(model: Net, decided: dict[str, Any], net: nasfx.Supernet) -> 
         for choice in model.modules():
             if not isinstance(choice, LayerChoice | InputChoice):
                 continue
-            args, output = values[choice.label]
+            args, output = values[choice]
             (g,) = torch.autograd.grad(loss, output, retain_graph=True, allow_unused=True)
             if g is None:
                 continue
@@ -305,7 +313,8 @@ def gate_gradients(model: Net, decided: dict[str, Any], net: nasfx.Supernet) -> 
             b = torch.stack([(o * g).sum() for o in outputs]).detach()
             alpha = net.get_parameter(f"arch.{choice.label}").detach().requires_grad_()
             p = nasfx.ops.inclusion_gate(alpha, choice.n_chosen)
-            (gradients[choice.label],) = torch.autograd.grad((p * b).sum(), alpha)
+            (grad,) = torch.autograd.grad((p * b).sum(), alpha)
+            gradients[choice.label] = gradients.get(choice.label, 0) + grad
     return gradients
 
 
@@ -450,6 +459,18 @@ def test_a_need_that_is_too_long_to_say_is_declined_and_the_node_always_runs() -
     with calls(net) as made:
         net(X)
     assert made == ["a"]
+
+
+def test_what_every_path_reads_is_not_deferred(lower: Lower) -> None:
+    def always(m: Net, x: Tensor) -> Tensor:
+        a = m.a(x)
+        return m.layer(m.pick([a, a * 2]))
+
+    net = Net(always, pick=pick(2), layer=layer())
+    gm, _ = lower(net, LowerSampledPath(), DeferProducers(), strategy="single-path")
+    deferred = [n for n in gm.graph.nodes if str(n.target).startswith("_deferred")]
+    assert len(deferred) == 1, "the product alone"
+    assert "a_1" in {n.name for n in gm.graph.nodes}
 
 
 def test_a_weighted_sum_is_left_alone(lower: Lower) -> None:

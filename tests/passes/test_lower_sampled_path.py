@@ -124,6 +124,19 @@ def test_every_path_and_its_gradients_are_the_eager_ones(
             assert a is None or torch.equal(a, b)
 
 
+def test_draws_reach_choices_two_choices_deep(lower: Lower) -> None:
+    inner = LayerChoice({"deep": Deep(), "sig": nn.Sigmoid()}, label="inner")
+    net = nn.Sequential(LayerChoice({"inner": inner, "tanh": nn.Tanh()}, label="outer"))
+    gm, _ = lower(net, LowerSampledPath(), strategy="single-path")
+    verify(gm, SUPERNET)
+    x = torch.randn(3, 4)
+    for act in ("relu", "tanh"):
+        decided = {"outer": "inner", "inner": "deep", "act": act}
+        gm.get_submodule("arch").drawn_decisions = decided
+        with activated(net, decided):
+            assert torch.equal(gm(x), net(x))
+
+
 def test_only_the_drawn_candidate_is_called(lower: Lower) -> None:
     called: list[str] = []
     candidates = {k: nn.Linear(4, 4) for k in "abc"}

@@ -229,7 +229,9 @@ def test_history_shows_what_every_pass_did() -> None:
     )
     assert len(history) == len(history.records) == 7
     assert [s.reason for s in history.records[-1].skips] == ["it is the first"]
-    assert all(not r.skips for r in history.records[:-1]), "skips belong to their own pass"
+    assert all(not r.skips for r in history.records[:-1])
+    history = net_with(calling(declines), calling(lambda gm, ctx: False)).history
+    assert [len(r.skips) for r in history.records[-2:]] == [1, 0], "skips belong to their own pass"
 
 
 def test_text_and_diff() -> None:

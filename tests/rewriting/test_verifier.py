@@ -252,9 +252,7 @@ def test_graphs_inside_nodes_are_checked_and_their_path_is_named(
     assert isinstance(inner, ModelGraph)
     node(inner, "_0").target = "9"
     stage = CHOICE if make is choice_graph else SUPERNET
-    with pytest.raises(
-        VerifyError, match=r"%_0 of block\.deep breaks .*: there is no module 9"
-    ):
+    with pytest.raises(VerifyError, match=r"%_0 of block\.deep breaks .*: there is no module 9"):
         verify(gm, stage)
 
 

@@ -364,6 +364,13 @@ def test_the_mode_of_the_net_is_kept() -> None:
         assert any(not torch.equal(v, before[k]) for k, v in net.named_buffers())
 
 
+def test_the_mode_of_the_net_is_kept_after_an_error_too() -> None:
+    net = _toy("proxyless").eval()
+    with pytest.raises(SearchError, match="valid gave no batch"):
+        _search(net, valid=[])
+    assert not net.training
+
+
 # -- progress -------------------------------------------------------------------------------------
 
 
@@ -447,6 +454,19 @@ def test_wrong_arguments() -> None:
     for optimizers in ((one,), (one, one, one), ()):
         with pytest.raises(SearchError, match=r"optimizers must be two"):
             _search(net, optimizers=optimizers)
+
+
+@pytest.mark.parametrize(
+    "loss", [lambda o, t: (o - t) ** 2, lambda o, t: 1.0], ids=["a tensor of many", "a float"]
+)
+def test_a_loss_is_a_tensor_of_one_number(loss: Any) -> None:
+    with pytest.raises(SearchError, match=r"loss"):
+        _search(_toy(), loss=loss)
+
+
+def test_a_metric_is_a_number() -> None:
+    with pytest.raises(SearchError, match=r"metric"):
+        _search(_toy(), metric=lambda o, t: None)
 
 
 # -- what is not finite ---------------------------------------------------------------------------

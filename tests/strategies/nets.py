@@ -253,7 +253,7 @@ def subset_probabilities(alpha: Tensor, n_chosen: int | None) -> Tensor:
 
 @contextmanager
 def watched(module: nn.Module) -> Iterator[list[tuple[tuple[Any, ...], Any]]]:
-    """(arguments, output) of every call of `module` within the block, outputs with their gradient."""
+    """(arguments, output) of every call of `module` within the block; outputs keep gradients."""
     calls: list[tuple[tuple[Any, ...], Any]] = []
 
     def hook(_: nn.Module, args: tuple[Any, ...], output: Any) -> Any:

@@ -152,10 +152,14 @@ def test_the_strongest_edges_are_derived() -> None:
     # Edge 2<-0 has the largest alpha, but in `none`; its best other one is weakest.
     _cell_alphas(
         net,
-        {"1<-0": [0, 1, 0], "1<-1": [0, 0, 1], "2<-0": [9, 2, 0], "2<-1": [0, 1, 0], "2<-2": [0, 0, 2]},
+        {
+            "1<-0": [0, 1, 0], "1<-1": [0, 0, 1],
+            "2<-0": [9, 2, 0], "2<-1": [0, 1, 0], "2<-2": [0, 0, 2],
+        },
     )  # fmt: skip
     assert net.derive() == {
-        "1<-0": "lin", "1<-1": "act", "2<-1": "lin", "2<-2": "act", "node1": [0, 1], "node2": [1, 2],
+        "1<-0": "lin", "1<-1": "act", "2<-1": "lin", "2<-2": "act",
+        "node1": [0, 1], "node2": [1, 2],
     }  # fmt: skip
 
 

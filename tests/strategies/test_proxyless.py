@@ -80,7 +80,7 @@ def test_alpha_gradients_on_every_path(name: str) -> None:
                     expected.detach(),
                     rtol=1e-10,
                     atol=1e-12,
-                    msg=lambda m: f"{label} on {net.path}: {m}",
+                    msg=lambda m, where=(label, net.path): f"{where}: {m}",
                 )
         net.zero_grad()
     assert seen == everything

@@ -1,4 +1,4 @@
-"""Weight steps and arch steps, for every strategy: which parameters get a gradient, what is restored."""
+"""Weight steps and arch steps, for every strategy: who gets a gradient, and what is restored."""
 
 from __future__ import annotations
 
