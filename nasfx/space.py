@@ -71,9 +71,17 @@ class SearchSpace:
                     found.add(literal)
         return frozenset(found)
 
-    def _active(self, label: str, decided: Mapping[str, Decision]) -> bool | None:
-        """Whether `label` is active; None where that depends on what is not decided yet."""
-        memo: dict[int, bool | None] = {}
+    def _active(
+        self,
+        label: str,
+        decided: Mapping[str, Decision],
+        memo: dict[int, bool | None] | None = None,
+    ) -> bool | None:
+        """Whether `label` is active; None where that depends on what is not decided yet.
+
+        `memo` keeps what is known of the places, for further labels under the same decisions.
+        """
+        memo = {} if memo is None else memo
         stack = list(self._places_of[label])
         while stack:
             index = stack[-1]
@@ -120,8 +128,9 @@ class SearchSpace:
             )
         decided = {label: self._by_label[label].checked(given.decision(label)) for label in given}
         canonical: dict[str, Decision] = {}
+        memo: dict[int, bool | None] = {}
         for choice in self.choices:
-            active = self._active(choice.label, decided)
+            active = self._active(choice.label, decided, memo)
             if active is not False and choice.label not in decided:
                 if active is None:
                     continue  # it depends on a missing label, which is reported itself
@@ -182,8 +191,9 @@ class SearchSpace:
     # -- how --------------------------------------------------------------------------------------
 
     def _undecided(self, decided: Mapping[str, Decision]) -> Iterator[SpaceChoice]:
+        memo: dict[int, bool | None] = {}
         for choice in self.choices:
-            if choice.label not in decided and self._active(choice.label, decided):
+            if choice.label not in decided and self._active(choice.label, decided, memo):
                 yield choice
 
     def _walk(self, decide: Callable[[SpaceChoice], Decision]) -> Architecture:
@@ -196,7 +206,8 @@ class SearchSpace:
 
     def _count(self, labels: frozenset[str], decided: Mapping[str, Decision]) -> int:
         """The canonical ways to decide `labels`, given what is decided of the others."""
-        active = {label: self._active(label, decided) for label in labels}
+        memo: dict[int, bool | None] = {}
+        active = {label: self._active(label, decided, memo) for label in labels}
         alive = {label for label in labels if active[label] is not False}
         total = 1
         for component in self._components(alive):

@@ -133,12 +133,12 @@ def _check(model: nn.Module, strategy: str, x: Tensor, seed: int, *, buffers: bo
         assert certificate == {"structure": "passed", "tensors": "passed", "outputs": "passed"}
 
 
-@settings(max_examples=30)
+@settings(max_examples=300)
 @given(random_steps(), st.sampled_from(STRATEGIES), st.integers(0, 1000))
 def test_random_models(steps: tuple[Step, ...], strategy: str, seed: int) -> None:
-    # Eagerly, what feeds inputs that are not chosen runs all the same: it draws dropout masks, and
-    # moves the buffers of a module that is called twice. A subnet does not run it.
-    demanded = any(step.kind == "input" for step in steps)
+    # Eagerly, what feeds only inputs that are not chosen, or not read, runs all the same: it draws
+    # dropout masks, and moves the buffers of a module that is called twice. A subnet does not run it.
+    demanded = any(step.kind in ("input", "pair") for step in steps)
     model = built(lambda: RandomModel(steps, _make(not demanded)), seed)
     _check(model, strategy, example(dtype=torch.float64), seed, buffers=not demanded)
 
@@ -571,6 +571,15 @@ def test_a_subnet_follows_the_mode_where_the_code_does(strategy: str | None) -> 
         assert subnet.eval()(x).shape == y.shape
         assert set(subnet.state_dict()) <= set(model.state_dict())
         assert "auxiliary.weight" in subnet.state_dict()
+
+
+def test_the_certificate_leaves_the_subnet_with_the_code_of_its_mode() -> None:
+    model = built(TwoModes)
+    x, _ = batch()
+    subnet = nasfx.finalize(model, {"block": "b"}, example_inputs=x)
+    assert subnet.training
+    with nasfx.activated(model, {"block": "b"}):
+        assert torch.equal(subnet(x), model(x))
 
 
 def test_a_net_in_eval_mode_gives_a_subnet_in_eval_mode_with_its_code() -> None:

@@ -17,16 +17,18 @@ _INPLACE_OPERATORS = {
     operator.imod, operator.ipow, operator.iand, operator.ior, operator.ixor, operator.imatmul,
     operator.setitem,
 }  # fmt: skip
-_VIEWS = set(
-    """
-    adjoint as_strided bfloat16 broadcast_to chunk conj contiguous cpu cuda detach diagonal
-    double dsplit expand expand_as flatten float getattr getitem half hsplit imag moveaxis
-    movedim narrow permute positive ravel real reshape reshape_as resolve_conj resolve_neg
-    select split split_with_sizes squeeze swapaxes swapdims t tensor_split to transpose type
-    type_as unbind unflatten unfold unsafe_chunk unsafe_split unsqueeze view view_as
-    view_as_complex view_as_real vsplit __getitem__
-    """.split()
-)
+# fmt: off
+_VIEWS = {
+    "adjoint", "as_strided", "bfloat16", "broadcast_to", "chunk", "conj", "contiguous", "cpu",
+    "cuda", "detach", "diagonal", "double", "dsplit", "expand", "expand_as", "flatten", "float",
+    "getattr", "getitem", "half", "hsplit", "imag", "moveaxis", "movedim", "narrow", "permute",
+    "positive", "ravel", "real", "reshape", "reshape_as", "resolve_conj", "resolve_neg",
+    "select", "split", "split_with_sizes", "squeeze", "swapaxes", "swapdims", "t",
+    "tensor_split", "to", "transpose", "type", "type_as", "unbind", "unflatten", "unfold",
+    "unsafe_chunk", "unsafe_split", "unsqueeze", "view", "view_as", "view_as_complex",
+    "view_as_real", "vsplit", "__getitem__",
+}
+# fmt: on
 """Methods, and functions of torch and operator, that may give a view of their first argument."""
 VIEW_MODULES = (nn.Identity, nn.Flatten, nn.Unflatten, nn.modules.dropout._DropoutNd)
 _SEEN_OUTSIDE = {torch._assert, print, setattr}

@@ -533,6 +533,21 @@ def test_in_an_arch_step_an_inactive_candidate_is_named_too() -> None:
     assert torch.equal(_arch(net)[0], before[0])  # no step was taken with it
 
 
+def test_a_value_that_is_only_nan_in_train_mode_is_found() -> None:
+    """Batch statistics give values around zero, the running ones do not."""
+
+    class Centred(Fragile):
+        def __init__(self) -> None:
+            super().__init__()
+            norm = nn.BatchNorm1d(4, momentum=0.0, affine=False)
+            norm.running_mean.fill_(-1000.0)
+            self.block = LayerChoice({"broken": nn.Sequential(norm, Root())}, label="block")
+
+    for strategy in STRATEGIES:
+        with pytest.raises(SearchError, match=r"candidate 'broken' of choice 'block'"):
+            _search(_toy(strategy, Centred))
+
+
 def test_a_batch_that_is_not_finite_is_named() -> None:
     x, y = batch()
     x[2, 1] = float("nan")

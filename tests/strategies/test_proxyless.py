@@ -20,6 +20,7 @@ from tests.strategies.nets import (
     Skips,
     batch,
     built,
+    dense,
     drawn,
     gate_gradients,
     loss_of,
@@ -255,6 +256,29 @@ def test_an_input_that_is_not_chosen_is_only_run_in_backward() -> None:
         assert not calls
         loss.backward()
     assert calls
+
+
+@pytest.mark.parametrize("reduction", ["sum", "mean"])
+def test_producers_of_inputs_off_the_path_leave_no_trace(reduction: str) -> None:
+    class Normed(Skips):
+        def __init__(self) -> None:
+            super().__init__(1, reduction)
+            self.layers = nn.ModuleList(dense(norm=True) for _ in range(2))
+
+    model = built(Normed)
+    net = nasfx.transform(model, "proxyless")
+    modes: list[bool] = []
+    for module in net.modules():
+        if isinstance(module, nn.Linear) and module.weight is model.layers[0][0].weight:
+            module.register_forward_hook(lambda *_: modes.append(torch.is_grad_enabled()))
+    before = {k: v.clone() for k, v in model.layers[0].state_dict().items()}
+    with net.arch_step():
+        set_draw(net, {"pick": (3,)})
+        loss_of(net, *batch()).backward()
+    assert modes == [False]
+    after = model.layers[0].state_dict()
+    assert all(torch.equal(after[k], v) for k, v in before.items())
+    assert int(model.layers[1][1].num_batches_tracked) == 1
 
 
 # -- draws, derive, optimizer ---------------------------------------------------------------------
