@@ -5,7 +5,7 @@ longer evidence, such as an excerpt of the graph, is attached as a note.
 """
 
 import sys
-from types import FrameType, TracebackType
+from types import CodeType, FrameType, TracebackType
 
 
 class NasfxError(Exception):
@@ -50,10 +50,14 @@ def _is_users(frame: FrameType) -> bool:
     return not inside and not frame.f_code.co_filename.startswith(("<eval_with_key", "<frozen"))
 
 
-def user_site() -> str:
-    """The `file:line` of the innermost running frame that is neither nasfx's nor torch's."""
+def user_site(within: CodeType | None = None) -> str:
+    """The `file:line` of the innermost running frame that is neither nasfx's nor torch's.
+
+    Args:
+        within: look only at what this code, of a running frame, has called; "" if nothing is there.
+    """
     frame: FrameType | None = sys._getframe(1)
-    while frame is not None:
+    while frame is not None and frame.f_code is not within:
         if _is_users(frame):
             return f"{frame.f_code.co_filename}:{frame.f_lineno}"
         frame = frame.f_back

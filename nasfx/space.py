@@ -299,6 +299,7 @@ def search_space(model_or_net: nn.Module) -> SearchSpace:
         TraceError, SpaceError: as `trace`.
 
     Example:
+        >>> from nasfx import LayerChoice
         >>> search_space(nn.Sequential(LayerChoice([nn.ReLU(), nn.Tanh()], label="act"))).size
         2
     """

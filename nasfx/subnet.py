@@ -81,7 +81,7 @@ def finalize(
         The subnet, with `architecture` (a plain dict) and `certificate` (a plain dict):
 
         - "structure": the graph equals, node for node, an independent trace of the model with that
-          path active;
+          path active (not run where passes of your own have rewritten the choice graph);
         - "tensors": every tensor equals the net's byte for byte;
         - "outputs": bitwise equal to the eager model's in eval mode, on the example inputs;
         - "supernet_difference": the largest difference to the supernet with one-hot gates, with
@@ -102,6 +102,10 @@ def finalize(
     """
     net = net_or_model if isinstance(net_or_model, Supernet) else None
     if net is not None:
+        if net.in_step:
+            raise SearchError(
+                "finalize inside a step, where gradients are switched off; close it first"
+            )
         traced, space = net.traced, net.space
         inputs = traced.example_inputs if example_inputs is None else as_tuple(example_inputs)
         architecture = net.derive() if arch is None else space.validate(arch)
@@ -111,7 +115,8 @@ def finalize(
         mode: collapsed(net.choice_graph(mode) if net is not None else gm, architecture)
         for mode, gm in traced.graph_modules.items()
     }
-    subnet = _static(collapsed_graphs, copy=copy)
+    training = traced.training if net is None else net.training
+    subnet = _static(collapsed_graphs, training, copy=copy)
     certificate = {
         "structure": _check_structure(traced, architecture, collapsed_graphs),
         "tensors": _check_tensors(collapsed_graphs["train"], subnet),
@@ -149,11 +154,11 @@ def _of_model(
 # -- building --------------------------------------------------------------------------------------
 
 
-def _static(graphs: Mapping[str, ModelGraph], *, copy: bool) -> fx.GraphModule:
+def _static(graphs: Mapping[str, ModelGraph], training: bool, *, copy: bool) -> fx.GraphModule:
     """A plain GraphModule with modules of its own, only those that its graphs name."""
     source = graphs["train"]
     root = nn.Module()
-    root.training = source.training
+    root.training = training
     memo: dict[int, nn.Module] = {}
     nodes = [node for gm in graphs.values() for node in gm.graph.nodes]
     called = dict.fromkeys(str(n.target) for n in nodes if n.op == "call_module")
@@ -222,6 +227,8 @@ def _plain_graph(gm: ModelGraph) -> fx.Graph:
 def _check_structure(
     traced: TracedModel, arch: Architecture, graphs: Mapping[str, ModelGraph]
 ) -> str:
+    if traced.rewritten_by:
+        return f"not run: the graph was rewritten by {', '.join(traced.rewritten_by)}"
     with activated(traced.origin, arch):
         independent = trace_active(traced.origin, traced.example_inputs, traced.leaf_modules)
     first_path = {id(m): path for path, m in traced.origin.named_modules()}
@@ -300,6 +307,8 @@ def _check_outputs(
 ) -> dict[str, Any]:
     if inputs is None:
         return {"outputs": _NOT_RUN}
+    if traced.rewritten_by:
+        return {"outputs": f"not run: rewritten by {', '.join(traced.rewritten_by)}"}
     with activated(traced.origin, arch), evaluating(traced.origin):
         expected = pytree.tree_leaves(traced.origin(*inputs))
     with evaluating(subnet):
@@ -337,15 +346,22 @@ def _compare_supernet(
 @contextmanager
 def evaluating(module: nn.Module) -> Generator[None, None, None]:
     """Eval mode, no gradients and a fixed seed; modes, buffers and seeds return afterwards."""
-    modes = [(m, m.training) for m in module.modules()]
     devices = [p.device for p in module.parameters() if p.device.type == "cuda"][:1]
-    with torch.no_grad(), unmoved_buffers(module), torch.random.fork_rng(devices):
-        try:
-            module.eval()
-            torch.manual_seed(0)
-            yield
-        finally:
-            for m, training in modes:
-                m.training = training
-            if isinstance(module, DualSubnet):
-                module.train(module.training)
+    rng = torch.random.fork_rng(devices)
+    with torch.no_grad(), unmoved_buffers(module), rng, kept_modes(module):
+        module.eval()
+        torch.manual_seed(0)
+        yield
+
+
+@contextmanager
+def kept_modes(module: nn.Module) -> Generator[None, None, None]:
+    """After the block every module below `module` is in the mode that it was in before."""
+    modes = [(m, m.training) for m in module.modules()]
+    try:
+        yield
+    finally:
+        if isinstance(module, DualSubnet):
+            module.train(modes[0][1])  # for its graph
+        for m, training in modes:
+            m.training = training

@@ -14,6 +14,7 @@ from nasfx.architecture import Architecture
 from nasfx.errors import SearchError, SpaceError
 from nasfx.ops.arch_state import ArchState
 from nasfx.ops.gates import inclusion_gate, softmax_gate
+from nasfx.ops.stages import CHOICE
 from nasfx.passes import Canonicalize, CollapseChoices, InferShapes, RemoveDeadCode
 from nasfx.rewriting.graph import ModelGraph, carry_hooks, copy_graph_module, share_tree
 from nasfx.rewriting.passes import Pass, PassContext
@@ -74,6 +75,13 @@ class Supernet(nn.Module):
         # Now and not at the first call, which torch.compile may be tracing.
         for gm in self.__dict__["_lowered"].values():
             gm.generate_code()
+
+    def __getstate__(self) -> dict[str, Any]:
+        if self._step:
+            raise SearchError(
+                "a net cannot be copied or pickled inside a step, where gradients are switched off"
+            )
+        return {**self.__dict__, "_forced": [], "_subnets": {}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -152,6 +160,11 @@ class Supernet(nn.Module):
         parameters = self.arch_parameters() or [nn.Parameter(torch.zeros(0))]
         return self.strategy.arch_optimizer(parameters, cls, **options)
 
+    @property
+    def in_step(self) -> bool:
+        """Whether a weight step or an arch step is open."""
+        return bool(self._step)
+
     # -- steps -------------------------------------------------------------------------------------
 
     @contextmanager
@@ -190,7 +203,7 @@ class Supernet(nn.Module):
     def _stepping(self, kind: str, frozen: Sequence[nn.Parameter]) -> Generator[None, None, None]:
         if self._step:
             raise SearchError(
-                f"a {kind} step was opened inside a {self._step} step; close that one first"
+                f"{_a_step(kind)} was opened inside {_a_step(self._step)}; close that one first"
             )
         # Only ever off: a parameter that the user froze stays frozen.
         switched = [p for p in frozen if p.requires_grad]
@@ -216,7 +229,7 @@ class Supernet(nn.Module):
             SearchError: outside of an arch step.
         """
         if self._step != "arch":
-            where = f"in a {self._step} step" if self._step else "outside of a step"
+            where = f"in {_a_step(self._step)}" if self._step else "outside of a step"
             raise SearchError(
                 f"objective() was called {where}; it is what an arch step minimises: "
                 "with net.arch_step(): net.objective(loss).backward()"
@@ -320,6 +333,10 @@ class Supernet(nn.Module):
             self._arch.drawn_decisions = drawn
 
 
+def _a_step(kind: str) -> str:
+    return "an arch step" if kind == "arch" else "a weight step"
+
+
 class _OneHot(fx.Interpreter):
     """Runs a lowered graph with 0/1 weights in place of what the gates compute."""
 
@@ -372,7 +389,8 @@ def transform(
         strategy: "darts", "proxyless", "single-path", or an instance of a strategy.
         example_inputs: a tensor or a tuple for `model.forward`; with them shapes are known, so
             candidates that cannot be summed are refused here and not at the first step.
-        extra_passes: instances of passes of your own; each runs after the last pass of its stage.
+        extra_passes: instances of passes of your own. Those of stage CHOICE rewrite the graph
+            that both the search and `finalize` start from; others run at the end of their stage.
         verify: "fast" checks the graph between all passes, "off" does not.
         seed: for the architecture parameters and the drawn paths.
         copy: give the supernet weights of its own.
@@ -417,22 +435,28 @@ def transform(
     arch = chosen.arch_state(space, seed, torch.float64 if double else torch.float32)
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     arch.to(device)
-    before: tuple[Pass, ...] = (Canonicalize(), InferShapes())
-    pipeline = Pipeline((*before, *chosen.passes(space), RemoveDeadCode())).with_passes(
-        extra_passes
-    )
+    # What the choices are searched in is what is shipped: the subnets are made of the choice graph
+    # with the user's own passes of that stage; the strategy's passes run on a copy.
+    own = [p for p in extra_passes if isinstance(p, Pass) and p.consumes == CHOICE]
+    others = [p for p in extra_passes if p not in own]
+    front = Pipeline((Canonicalize(), InferShapes())).with_passes(own)
+    lowering = Pipeline((*chosen.passes(space), RemoveDeadCode())).with_passes(others)
     choice_graphs: dict[str, ModelGraph] = {}
     lowered: dict[str, ModelGraph] = {}
     histories: dict[str, History] = {}
     several = len(traced.graph_modules) > 1
     for mode, gm in traced.graph_modules.items():
-        Canonicalize()(gm, PassContext(), check=False)
+        ctx = PassContext(inputs, mode == "train")
+        check, dump = verify != "off", f"{mode}-" if several else ""
+        history = front.run(gm, ctx, verify_each=check, dump=dump)
         choice_graphs[mode] = gm
         working = copy_graph_module(gm)
         working._modules["arch"] = arch
-        ctx = PassContext(inputs, mode == "train")
-        histories[mode] = pipeline.run(
-            working, ctx, verify_each=verify != "off", dump=f"{mode}-" if several else ""
-        )
-        lowered[mode] = working
+        lowering.run(working, ctx, verify_each=check, dump=dump, history=history)
+        histories[mode], lowered[mode] = history, working
+    rewritten = {p.name for p in own}
+    changed = [r for h in histories.values() for r in h.records if r.changed]
+    traced.rewritten_by = tuple(
+        dict.fromkeys(r.name for r in changed if r.name.split("(")[0] in rewritten)
+    )
     return Supernet(traced, chosen, space, choice_graphs, lowered, histories, arch)

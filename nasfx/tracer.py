@@ -181,7 +181,8 @@ class ModelTracer(fx.Tracer):
                 "one constant for all calls. Make it from an input (x.new_zeros, "
                 "torch.zeros_like), or write it with an operation that is not in place"
             )
-        origin = Provenance(user_site(), self.owners[-1], self.label, self.part)
+        site = user_site(ModelTracer.run.__code__)
+        origin = Provenance(site, self.owners[-1], self.label, self.part)
         return set_provenance(node, origin)
 
     def create_arg(self, a: Any) -> Any:

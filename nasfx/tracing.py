@@ -30,11 +30,13 @@ class TracedModel(nn.Module):
         origin: the user's own module classes over the same tensors; runs eagerly, follows
             `train()`.
         leaf_modules, example_inputs: as they were given to `trace`.
+        rewritten_by: the user's own passes that changed the choice graph.
     """
 
     opaque: dict[str, str]
     leaf_modules: tuple[type | str, ...]
     example_inputs: tuple[Any, ...] | None
+    rewritten_by: tuple[str, ...]
 
     def __init__(
         self,
@@ -46,6 +48,7 @@ class TracedModel(nn.Module):
     ) -> None:
         super().__init__()
         self.leaf_modules = leaf_modules
+        self.rewritten_by = ()
         share_tree(self, graphs[0])
         carry_hooks(self, origin)
         # In a dictionary of their own, so that nn.Module does not register them as children.

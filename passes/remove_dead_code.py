@@ -25,7 +25,8 @@ class RemoveDeadCode(Pass):
         %c = get_attr[counter]
         %d = call_method[add_](%c, 1)          ->  kept: the buffer outlives the graph
 
-    A module whose result nobody reads is dropped, and with it what it does to its own buffers.
+    A module whose result nobody reads is dropped, and with it what it does to its own buffers and
+    the random numbers that it draws.
     """
 
     name: ClassVar[str] = "remove-dead-code"

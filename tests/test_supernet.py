@@ -344,7 +344,7 @@ def test_a_state_that_does_not_fit_is_refused() -> None:
     with pytest.raises(RuntimeError, match=r"arch\.unknown"):
         net.load_state_dict({**state, "arch.unknown": torch.zeros(3)})
     for value in ([3], [-1], [0, 1], []):
-        with pytest.raises(CheckpointError, match=r"no candidate of 'first'"):
+        with pytest.raises(CheckpointError, match=r"no decision of 'first'"):
             net.load_state_dict({**state, "arch.state.path.first": torch.tensor(value)})
     without = {k: v for k, v in state.items() if k != "arch.state.generator"}
     with pytest.raises(RuntimeError, match=r"arch\.state\.generator"):

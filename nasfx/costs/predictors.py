@@ -172,7 +172,8 @@ def read_predictor(path: str | Path) -> Predictor:
         ProfileError: If the file cannot be read, is damaged, or holds anything else.
 
     Example:
-        >>> read_predictor("predictor/cortexA76cpu_tflite21/fc.pkl").predict([[64, 10, 6e-4, 1e-3]])
+        >>> predictor = read_predictor("cortexA76cpu_tflite21/fc.pkl")  # doctest: +SKIP
+        >>> predictor.predict([[64, 10, 6e-4, 1e-3]])  # doctest: +SKIP
     """
     try:
         with open(path, "rb") as file:

@@ -188,7 +188,7 @@ def profile(onnx_path: str | Path, hardware: str, *, minimum_coverage: float = 0
             or less than `minimum_coverage` of its MACs can be priced.
 
     Example:
-        >>> print(profile("subnet.onnx", "cortexA76cpu_tflite21"))
+        >>> print(profile("subnet.onnx", "cortexA76cpu_tflite21"))  # doctest: +SKIP
     """
     if not 0 <= minimum_coverage <= 1:
         raise ProfileError(f"minimum_coverage is a fraction from 0 to 1, not {minimum_coverage}.")

@@ -49,6 +49,7 @@ def write_whole(path: Path, data: bytes) -> None:
 
 
 def describe(inputs: tuple[Any, ...]) -> str:
+    """Inputs as an error message shows them: dtypes and shapes."""
     texts = [
         f"{str(x.dtype).removeprefix('torch.')}{list(x.shape)}"
         if isinstance(x, Tensor)
@@ -88,6 +89,7 @@ def run_module(model: nn.Module, inputs: tuple[Tensor, ...]) -> dict[str, Tensor
 
 
 def float_dtypes(tensors: nn.Module | tuple[Tensor, ...]) -> set[torch.dtype]:
+    """The floating-point dtypes among the parameters of a module, or among tensors."""
     values = tensors.parameters() if isinstance(tensors, nn.Module) else tensors
     return {x.dtype for x in values if x.is_floating_point()}
 

@@ -113,6 +113,7 @@ class Source:
         self.read = self._read_tensors()
 
     def text(self) -> str:
+        """The whole file."""
         forward = self._forward()
         for name, child in _children(self.root):
             value = self._module(name, child, " " * 8)

@@ -23,6 +23,7 @@ class ArchState(nn.Module):
         path_generator: draws the paths.
         drawn_decisions: the drawn decision for every label, inactive ones too.
         candidate_names: by label what may be chosen: names, or the indices of inputs.
+        n_chosen: by label how many inputs are chosen; None, or no entry, for any number.
     """
 
     def __init__(
@@ -30,8 +31,10 @@ class ArchState(nn.Module):
         alphas: Mapping[str, Tensor],
         candidate_names: Mapping[str, tuple[Any, ...]],
         seed: int,
+        n_chosen: Mapping[str, int | None] | None = None,
     ) -> None:
         super().__init__()
+        self.n_chosen = dict(n_chosen or {})
         self.candidate_names = dict(candidate_names)
         self.drawn_decisions: dict[str, Decision] = {}
         self.path_generator = torch.Generator().manual_seed(seed)
@@ -70,6 +73,9 @@ class ArchState(nn.Module):
             self.path_generator.set_state(state_dict[f"{own}generator"].cpu())
         elif strict:
             missing_keys.append(f"{own}generator")
+        if strict:
+            drawn = (f"{own}path.{label}" for label in self.drawn_decisions)
+            missing_keys += [key for key in drawn if key not in state_dict]
         for key in [k for k in state_dict if k.startswith(own) and k != f"{own}generator"]:
             label = key.removeprefix(f"{own}path.")
             if label in self.candidate_names:
@@ -80,13 +86,12 @@ class ArchState(nn.Module):
     def _decision(self, key: str, label: str, value: Tensor) -> Decision:
         names = self.candidate_names[label]
         indices = [int(i) for i in value]
-        if any(not 0 <= i < len(names) for i in indices) or len(set(indices)) < len(indices):
-            raise CheckpointError(f"{key} = {indices} is no candidate of {label!r}")
-        if not isinstance(names[0], str):
-            return tuple(indices)
-        if len(indices) != 1:
-            raise CheckpointError(f"{key} = {indices} is no candidate of {label!r}")
-        return names[indices[0]]
+        named = isinstance(names[0], str)
+        count = 1 if named else self.n_chosen.get(label)
+        fits = count in (None, len(indices)) and len(set(indices)) == len(indices)
+        if not fits or any(not 0 <= i < len(names) for i in indices):
+            raise CheckpointError(f"{key} = {indices} is no decision of {label!r}")
+        return names[indices[0]] if named else tuple(sorted(indices))
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "path_generator": self.path_generator.get_state()}

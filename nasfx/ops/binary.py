@@ -41,8 +41,10 @@ class _GateGradient(torch.autograd.Function):
         ctx.output_k, ctx.label, ctx.n_inputs, ctx.dtype = output_k, label, n_inputs, weights.dtype
         ctx.n_gates = len(weights)
         device = outputs[0].device.type
-        enabled = torch.is_autocast_enabled(device)
-        ctx.autocast = (device, torch.get_autocast_dtype(device) if enabled else None, enabled)
+        known = torch.amp.is_autocast_available(device)
+        enabled = known and torch.is_autocast_enabled(device)
+        dtype = torch.get_autocast_dtype(device) if enabled else None
+        ctx.autocast = (device if known else "cpu", dtype, enabled)
         ctx.save_for_backward(*inputs, *outputs)
         return tuple(output.view_as(output) for output in outputs)
 

@@ -64,6 +64,7 @@ class Pass(ABC):
         exactness: how outputs compare.
 
     Example:
+        >>> from torch import nn
         >>> class Nothing(Pass):
         ...     name, exactness = "nothing", Exactness.BITWISE
         ...     consumes = produces = ANY

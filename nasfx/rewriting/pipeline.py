@@ -139,9 +139,15 @@ class Pipeline:
         return stages
 
     def run(
-        self, gm: fx.GraphModule, ctx: PassContext, *, verify_each: bool = True, dump: str = ""
+        self,
+        gm: fx.GraphModule,
+        ctx: PassContext,
+        *,
+        verify_each: bool = True,
+        dump: str = "",
+        history: History | None = None,
     ) -> History:
-        """Run all passes on `gm`, in place.
+        """Run all passes on `gm`, in place, and record them; in a `history` that is given, further.
 
         With the environment variable NASFX_DUMP set to a folder, the graph after every pass is
         written there as `<dump><number>-<pass>.txt`.
@@ -149,11 +155,12 @@ class Pipeline:
         Raises:
             PassError, VerifyError: as `Pass.__call__`; the stages do not fit together.
         """
-        history = History()
         stage = self._stages(self.passes)[0]
-        if verify_each:
-            verify(gm, stage, "trace")
-        _append(history, gm, "trace", stage, True, 0.0, "", (), dump)
+        if history is None:
+            history = History()
+            if verify_each:
+                verify(gm, stage, "trace")
+            _append(history, gm, "trace", stage, True, 0.0, "", (), dump)
         for rewrite in self.passes:
             if rewrite.consumes not in (stage, ANY):
                 raise PassError(

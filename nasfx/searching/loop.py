@@ -17,6 +17,7 @@ from nasfx.architecture import Architecture
 from nasfx.errors import SearchError
 from nasfx.searching.nonfinite import nonfinite_error
 from nasfx.searching.result import SearchResult
+from nasfx.subnet import kept_modes
 from nasfx.supernet import Supernet
 
 Loss = Callable[[Any, Any], Tensor]
@@ -138,6 +139,9 @@ class _Run:
             return self.net(*inputs)
 
     def _checked(self, value: Tensor, inputs: tuple[Any, ...], what: str) -> float:
+        if not isinstance(value, Tensor) or value.numel() != 1:
+            shape = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+            raise SearchError(f"{what} must be a tensor of one number, a batch mean, not {shape}")
         number = float(value.detach())
         if number != number or number in (float("inf"), float("-inf")):
             raise nonfinite_error(self.net, inputs, f"{what} became {number} {self.position}")
@@ -173,21 +177,19 @@ class _Run:
 
     def evaluate(self, arch: Architecture) -> float:
         """The metric of one architecture on the validation data, in eval mode."""
-        was = self.net.training
         total, count = 0.0, 0
-        self.net.eval()
-        try:
-            with self.net.forced(arch), torch.no_grad():
-                for inputs, target in self._batches(self.valid, "valid"):
-                    outputs = self._outputs(inputs)
-                    value = (
-                        -self.loss(outputs, target) if self.metric is None
-                        else self.metric(outputs, target)
-                    )  # fmt: skip
-                    total += self._checked(torch.as_tensor(value), inputs, "the metric")
-                    count += 1
-        finally:
-            self.net.train(was)
+        with kept_modes(self.net), self.net.forced(arch), torch.no_grad():
+            self.net.eval()
+            for inputs, target in self._batches(self.valid, "valid"):
+                outputs = self._outputs(inputs)
+                if self.metric is None:
+                    value: Any = -self.loss(outputs, target)
+                else:
+                    value = self.metric(outputs, target)
+                    if isinstance(value, int | float):
+                        value = torch.tensor(float(value))
+                total += self._checked(value, inputs, "the metric")
+                count += 1
         return total / count
 
     # -- the loop ----------------------------------------------------------------------------------
@@ -200,8 +202,10 @@ class _Run:
             TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[figures]}"),
             TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(),
         )  # fmt: skip
-        was = self.net.training
-        with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+        with (
+            kept_modes(self.net),
+            Progress(*columns, console=console, disable=not console.is_terminal) as progress,
+        ):
             try:
                 batches = len(self.train)
             except TypeError:
@@ -220,7 +224,6 @@ class _Run:
         best = self.net.conclude(evaluate)
         if best not in scores:
             evaluate(best)
-        self.net.train(was)
         return SearchResult(best, tuple(records), scores[best])
 
     def _epoch(

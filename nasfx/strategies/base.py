@@ -91,7 +91,8 @@ class Strategy(ABC):
             if (candidates := self.candidates(choice))
         }
         names = {choice.label: choosable(choice) for choice in space.choices}
-        state = ArchState(alphas, names, seed)
+        counts = {choice.label: choice.n_chosen for choice in space.choices}
+        state = ArchState(alphas, names, seed, counts)
         state.path_generator.set_state(generator.get_state())
         if self.samples:
             state.drawn_decisions = {
