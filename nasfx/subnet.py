@@ -14,6 +14,7 @@ from torch.utils import _pytree as pytree
 
 from nasfx.architecture import Architecture
 from nasfx.choice import activated
+from nasfx.collapsing import collapsed
 from nasfx.errors import NasfxError, SearchError, SpaceError, VerifyError
 from nasfx.ops.select import unmoved_buffers
 from nasfx.passes import Canonicalize, RemoveDeadCode
@@ -21,7 +22,7 @@ from nasfx.rewriting.graph import ModelGraph, clone_tree, provenance
 from nasfx.rewriting.passes import PassContext
 from nasfx.rewriting.printing import format_node
 from nasfx.space import SearchSpace, space_of
-from nasfx.supernet import Supernet, collapsed
+from nasfx.supernet import Supernet
 from nasfx.tracing import TracedModel, as_tuple, trace, trace_active
 
 _NOT_RUN = "not run: no example inputs"

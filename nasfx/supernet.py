@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, fx, nn
 
 from nasfx.architecture import Architecture
+from nasfx.collapsing import OneHot, collapsed
 from nasfx.errors import SearchError, SpaceError
 from nasfx.ops.arch_state import ArchState
-from nasfx.ops.gates import inclusion_gate, softmax_gate
 from nasfx.ops.stages import CHOICE
-from nasfx.passes import Canonicalize, CollapseChoices, InferShapes, RemoveDeadCode
+from nasfx.passes import Canonicalize, InferShapes, RemoveDeadCode
 from nasfx.rewriting.graph import ModelGraph, carry_hooks, copy_graph_module, share_tree
 from nasfx.rewriting.passes import Pass, PassContext
 from nasfx.rewriting.pipeline import History, Pipeline
@@ -324,7 +324,7 @@ class Supernet(nn.Module):
         """The lowered graph's output with gates that pick `arch`, a canonical architecture."""
         gm = self.graph_module
         if not self.strategy.samples:
-            return _OneHot(gm, self.space, arch).run(*inputs)
+            return OneHot(gm, self.space, arch).run(*inputs)
         drawn = self._arch.drawn_decisions
         try:
             self._arch.drawn_decisions = drawn | {label: arch.decision(label) for label in arch}
@@ -335,39 +335,6 @@ class Supernet(nn.Module):
 
 def _a_step(kind: str) -> str:
     return "an arch step" if kind == "arch" else "a weight step"
-
-
-class _OneHot(fx.Interpreter):
-    """Runs a lowered graph with 0/1 weights in place of what the gates compute."""
-
-    def __init__(self, gm: fx.GraphModule, space: SearchSpace, arch: Architecture) -> None:
-        super().__init__(gm)
-        self.space, self.arch = space, arch
-
-    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
-        """Call `target`, or give the weights of a gate."""
-        value = super().call_function(target, args, kwargs)
-        if target not in (softmax_gate, inclusion_gate):
-            return value
-        hot = torch.zeros_like(value)
-        label = kwargs["label"]
-        decision = self.arch.decision(label) if label in self.arch else ()
-        if isinstance(decision, str):
-            hot[self.space[label].candidates.index(decision)] = 1
-        elif decision:
-            mean = target is inclusion_gate and args[2]
-            hot[list(decision)] = 1 / len(decision) if mean else 1
-        return hot
-
-
-def collapsed(choice_graph: ModelGraph, arch: Mapping[str, Any]) -> ModelGraph:
-    """The subnet of a canonical architecture as a graph over the tree of `choice_graph`."""
-    gm = ModelGraph(choice_graph, copying.deepcopy(choice_graph.graph), "Subnet")
-    ctx = PassContext()
-    CollapseChoices.of(arch)(gm, ctx, check=False)
-    Canonicalize()(gm, ctx, check=False)
-    RemoveDeadCode()(gm, ctx, check=False)
-    return gm
 
 
 def transform(

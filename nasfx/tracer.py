@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import copy as copying
 import inspect
-import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import torch
 from torch import fx, nn
 from torch.fx.proxy import Proxy
@@ -18,7 +15,8 @@ from torch.utils import _pytree as pytree
 from nasfx.choice import Choice, InputChoice, LayerChoice, TensorLeaf, default_label
 from nasfx.errors import SpaceError, TraceError, error_site, user_site
 from nasfx.rewriting.effects import aliased, mutated
-from nasfx.rewriting.graph import Provenance, clone_tree, has_hooks, join, set_provenance
+from nasfx.rewriting.graph import Provenance, has_hooks, join, set_provenance
+from nasfx.scratch import Scratch, context, restore_rng, rng_state
 
 
 @dataclass
@@ -87,10 +85,10 @@ class ModelTracer(fx.Tracer):
         leaf_modules: Sequence[type | str],
         n_inputs: int | None,
         through_choices: bool,
-        state: dict[int, State],
+        scratch: Scratch,
     ) -> None:
         super().__init__()
-        self.state = state
+        self.scratch = scratch
         self.through_choices = through_choices
         self.opaque = opaque
         self.leaf_modules = leaf_modules
@@ -100,25 +98,26 @@ class ModelTracer(fx.Tracer):
         self.owners: list[str] = [""]
         self.label, self.part = "", ""
 
-    def run(self, root: nn.Module) -> Frame:
-        """Trace `root` and everything below it."""
+    def run(self) -> Frame:
+        """Trace the scratch model and everything below it."""
+        root = self.scratch.model
         self.choosing = {
             id(module)
             for module in root.modules()
             if any(isinstance(inner, Choice) for inner in module.modules())
         }
         self.frames = [Frame.at(root, "")]
-        self.context = _context()
-        state = _rng_state()
+        self.context = context()
+        state = rng_state()
         try:
-            graph = self.trace(_with_class_forward(root))
+            graph = self.trace(root)
         except (TraceError, SpaceError):
             raise
         except Exception as error:
             raise _cannot_trace("the model's forward", error) from error
         finally:
-            changed = _restore_rng(state)
-        if moved := self._moved(root):
+            changed = restore_rng(state)
+        if moved := self.scratch.moved(root):
             raise _cannot_trace(f"{type(root).__name__}.forward", None, moved)
         if changed:
             raise TraceError(
@@ -169,7 +168,7 @@ class ModelTracer(fx.Tracer):
         type_expr: Any = None,
     ) -> fx.Node:
         """Create a node with its provenance."""
-        if _context() != self.context:
+        if context() != self.context:
             raise TraceError(
                 f"{user_site()}: the code runs under torch.no_grad, inference_mode or autocast, "
                 "which a graph would lose"
@@ -258,7 +257,7 @@ class ModelTracer(fx.Tracer):
         """Run part of a forward; on failure take back its nodes and return the reason."""
         graph = self.graph
         before = next(reversed(graph.nodes), None)
-        state = _rng_state()
+        state = rng_state()
         reason, failure = "", None
         self.owners.append(full)
         result = None
@@ -271,8 +270,8 @@ class ModelTracer(fx.Tracer):
             reason, failure = f"{site}: {type(error).__name__}: {error}", error
         finally:
             self.owners.pop()
-        moved = self._moved(m)
-        if _restore_rng(state) and not reason:
+        moved = self.scratch.moved(m)
+        if restore_rng(state) and not reason:
             reason = "draws random numbers outside of the graph"
         reason = reason or moved
         if not reason:
@@ -289,28 +288,6 @@ class ModelTracer(fx.Tracer):
             if node.op == "get_attr" and getattr(proxies.get(node.target), "node", None) is node:
                 del proxies[node.target]
         return None, reason
-
-    def _moved(self, m: nn.Module) -> str:
-        """What running the code of `m` did to its state outside of the graph; undone."""
-        return next((what for inner in m.modules() if (what := self._moved_own(inner))), "")
-
-    def _moved_own(self, m: nn.Module) -> str:
-        what = ""
-        for kind, state in self.state.get(id(m), {}).items():
-            values = m.__dict__ if kind == "" else m.__dict__[kind]
-            for name, (value, original) in state.items():
-                if values.get(name) is not value:
-                    what = f"assigns {name} in forward, which a graph would do once and for all"
-                    values[name] = value
-                elif not _same_state(value, original):
-                    what = f"changes {name} in forward outside of the graph"
-                    if isinstance(value, _GENERATORS):
-                        what = f"draws random numbers from {name} outside of the graph"
-                    _set_state(value, original)
-            for name in [n for n in values if kind and n not in state]:
-                what = f"makes {name} in forward, which a graph would do once and for all"
-                del values[name]
-        return what
 
     def _call_choice(self, m: Choice, path: str, args: Any, kwargs: Any) -> Any:
         frame = self.frames[-1]
@@ -429,120 +406,8 @@ def _equal(a: tuple[Any, ...], b: tuple[Any, ...]) -> bool:
     )
 
 
-def _context() -> tuple[Any, ...]:
-    cast = [
-        (torch.is_autocast_enabled(device), torch.get_autocast_dtype(device))
-        for device in ("cpu", "cuda")
-    ]
-    return torch.is_grad_enabled(), torch.is_inference_mode_enabled(), cast
-
-
 def _is_constant(node: fx.Node) -> bool:
     """Whether the value is, or views, a tensor that forward made outside of the graph."""
     while (of := aliased(node)) is not None:
         node = of
     return node.op == "get_attr" and str(node.target).startswith("_traced.")
-
-
-def _with_class_forward(root: nn.Module) -> nn.Module:
-    """Fx traces the class's forward; one that was set on the instance becomes the class's."""
-    own = root.__dict__.get("forward")
-    if own is None:
-        return root
-
-    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        return own(*args, **kwargs)
-
-    self_parameter = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
-    parameters = [
-        p.replace(kind=p.POSITIONAL_ONLY) if p.kind is p.POSITIONAL_OR_KEYWORD else p
-        for p in inspect.signature(own).parameters.values()
-    ]
-    forward.__signature__ = inspect.Signature([self_parameter, *parameters])  # type: ignore[attr-defined]
-    root.__class__ = type(type(root).__name__, (type(root),), {"forward": forward})
-    return root
-
-
-_GENERATORS = (torch.Generator, random.Random, np.random.Generator)
-State = dict[str, dict[str, tuple[Any, Any]]]
-
-
-def scratch_clone(model: nn.Module, mode: bool) -> tuple[nn.Module, dict[int, State]]:
-    """A clone that tracing may do anything to, and by module what its state was.
-
-    Dictionaries, tensors and random generators are the clone's own. The state holds, for
-    parameters, buffers and other attributes by name, the clone's value and the original one.
-    """
-    scratch = clone_tree(model)
-    copies: dict[int, Any] = {}
-
-    def own(value: Any) -> Any:
-        if id(value) not in copies:
-            copies[id(value)] = copying.deepcopy(value)
-        return copies[id(value)]
-
-    state: dict[int, State] = {}
-    for module in scratch.modules():
-        mine = state[id(module)] = {}
-        for kind in ("_parameters", "_buffers"):
-            originals = module.__dict__[kind]
-            module.__dict__[kind] = {n: None if t is None else own(t) for n, t in originals.items()}
-            mine[kind] = {n: (module.__dict__[kind][n], t) for n, t in originals.items()}
-        mine[""] = {}
-        for name, value in list(module.__dict__.items()):
-            if isinstance(value, (torch.Tensor, *_GENERATORS)):
-                module.__dict__[name] = own(value)
-                mine[""][name] = (module.__dict__[name], value)
-    return scratch.train(mode), state
-
-
-def _same_state(value: Any, original: Any) -> bool:
-    if value is None or original is None:
-        return value is original
-    if isinstance(value, torch.Tensor):
-        if value.shape != original.shape:
-            return False
-        return torch.equal(value, original) or bool(
-            ((value == original) | ((value != value) & (original != original))).all()
-        )
-    return repr(_generator_state(value)) == repr(_generator_state(original))
-
-
-def _generator_state(generator: Any) -> Any:
-    if isinstance(generator, torch.Generator):
-        return generator.get_state().tolist()
-    if isinstance(generator, random.Random):
-        return generator.getstate()
-    return generator.bit_generator.state
-
-
-def _set_state(value: Any, original: Any) -> None:
-    if isinstance(value, torch.Tensor):
-        value.data.copy_(original)
-    elif isinstance(value, torch.Generator):
-        value.set_state(original.get_state())
-    elif isinstance(value, random.Random):
-        value.setstate(original.getstate())
-    else:
-        value.bit_generator.state = original.bit_generator.state
-
-
-def _rng_state() -> tuple[Any, ...]:
-    return torch.get_rng_state(), random.getstate(), np.random.get_state()
-
-
-def _restore_rng(state: tuple[Any, ...]) -> bool:
-    """Restore the global generators; whether they had moved."""
-    torch_state, python_state, numpy_state = state
-    now = np.random.get_state()
-    moved = (
-        not torch.equal(torch.get_rng_state(), torch_state)
-        or random.getstate() != python_state
-        or now[2] != numpy_state[2]  # type: ignore[index]
-        or not np.array_equal(now[1], numpy_state[1])  # type: ignore[index]
-    )
-    if moved:
-        torch.set_rng_state(torch_state)
-        random.setstate(python_state)
-        np.random.set_state(numpy_state)
-    return moved

@@ -16,7 +16,8 @@ from nasfx.choice import Choice, default_label, named_choices
 from nasfx.errors import SpaceError, TraceError
 from nasfx.modes import differing_modules, merge_modes
 from nasfx.rewriting.graph import ModelGraph, carry_hooks, clone_tree, join, share_tree
-from nasfx.tracer import Frame, ModelTracer, scratch_clone
+from nasfx.scratch import Scratch
+from nasfx.tracer import Frame, ModelTracer
 
 # What a graph module keeps under these names would hide a child of the user's.
 _TAKEN_BY_FX = {"graph", "code", "meta"}
@@ -148,9 +149,9 @@ def _trace(
         known = dict(opaque)
         frames: list[Frame] = []
         for mode in (True, False):
-            scratch, state = scratch_clone(model, mode)
-            tracer = ModelTracer(opaque, leaf_modules, n_inputs, through_choices, state)
-            frames.append(tracer.run(scratch))
+            scratch = Scratch(model, mode)
+            tracer = ModelTracer(opaque, leaf_modules, n_inputs, through_choices, scratch)
+            frames.append(tracer.run())
         differing = differing_modules(*([list(f.frames()) for f in frames]))
         for path, what in differing.items():
             module = model.get_submodule(path)

@@ -229,7 +229,7 @@ def _functionalize(node: fx.Node, written: fx.Node, effects: Effects) -> None:
     if node.kwargs.get("inplace") is True:
         node.kwargs = {**node.kwargs, "inplace": False}
         value = node
-    elif type(module) in _ACTIVATIONS:
+    elif module is not None and type(module) in _ACTIVATIONS:
         function, attributes = _ACTIVATIONS[type(module)]
         with node.graph.inserting_before(node):
             options = tuple(getattr(module, attribute) for attribute in attributes)

@@ -6,6 +6,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import fx, nn
+from torch.fx.node import map_aggregate
+from torch.fx.proxy import GraphAppendingTracer
 
 from nasfx.rewriting.graph import join, provenance, set_provenance
 
@@ -82,13 +84,14 @@ def compute(
     node: fx.Node, function: Callable[[list[fx.Proxy]], Any], inputs: Sequence[fx.Node]
 ) -> Any:
     """Record `function(inputs)` as nodes before `node`, with its provenance; their value."""
-    tracer = fx.proxy.GraphAppendingTracer(node.graph)
+    tracer = GraphAppendingTracer(node.graph)
     before = node.prev
     with node.graph.inserting_before(node):
         result = function([fx.Proxy(n, tracer) for n in inputs])
     while (before := before.next) is not node:
         set_provenance(before, provenance(node), made_by="")
-    return fx.node.map_aggregate(result, lambda v: v.node if isinstance(v, fx.Proxy) else v)
+    to_node: Any = lambda v: v.node if isinstance(v, fx.Proxy) else v  # noqa: E731
+    return map_aggregate(result, to_node)
 
 
 def is_identity(module: nn.Module) -> bool:
