@@ -36,7 +36,9 @@ class Scratch:
 
         def own(value: Any) -> Any:
             if id(value) not in copies:
-                copies[id(value)] = copying.deepcopy(value)
+                # What an earlier forward left in an attribute is no leaf and cannot be deep-copied.
+                computed = isinstance(value, torch.Tensor) and not value.is_leaf
+                copies[id(value)] = value.detach().clone() if computed else copying.deepcopy(value)
             return copies[id(value)]
 
         for module in self.model.modules():

@@ -1166,3 +1166,22 @@ def test_errors_name_places_of_the_user_only() -> None:
     message = message_of(TraceError, Made(by_value, linear=nn.Sequential(linear(), two())))
     files = re.findall(r"(\S+\.py):\d+", message)
     assert set(files) == {__file__}
+
+
+def test_a_result_kept_in_an_attribute_does_not_hinder_tracing() -> None:
+    class Keeping(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = linear()
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.last = self.linear(x)
+            return self.last.relu()
+
+    model = nn.Sequential(Keeping(), two("act"))
+    before = model(rows())
+    kept = model[0].last
+    assert not kept.is_leaf
+    traced = trace(model)
+    assert torch.equal(traced(rows()), before)
+    assert model[0].last is kept
