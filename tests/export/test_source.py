@@ -35,6 +35,8 @@ def run_apart(path: Path, x: Tensor) -> tuple[Tensor, list[str]]:
     torch.save(x, inputs)
     script = (
         "import sys, torch\n"
+        # Sums are split among threads, so bits depend on how many there are.
+        f"torch.set_num_threads({torch.get_num_threads()})\n"
         "sys.modules['nasfx'] = None\n"
         f"sys.path.insert(0, {str(path.parent)!r})\n"
         "from subnet import load\n"
