@@ -176,7 +176,10 @@ class _Run:
         return number
 
     def evaluate(self, arch: Architecture) -> float:
-        """The metric of one architecture on the validation data, in eval mode."""
+        """The metric of one architecture over the validation data, in eval mode.
+
+        Batches count by their size, so that a smaller last one does not weigh too much.
+        """
         total, count = 0.0, 0
         with kept_modes(self.net), self.net.forced(arch), torch.no_grad():
             self.net.eval()
@@ -188,8 +191,10 @@ class _Run:
                     value = self.metric(outputs, target)
                     if isinstance(value, int | float):
                         value = torch.tensor(float(value))
-                total += self._checked(value, inputs, "the metric")
-                count += 1
+                first = inputs[0]
+                size = len(first) if isinstance(first, Tensor) and first.dim() else 1
+                total += size * self._checked(value, inputs, "the metric")
+                count += size
         return total / count
 
     # -- the loop ----------------------------------------------------------------------------------

@@ -589,3 +589,13 @@ def test_a_part_of_no_choice_is_named() -> None:
     with pytest.raises(SearchError, match=r"a part that belongs to no choice") as error:
         _search(net)
     assert _line(Outside, "torch.log") in str(error.value)
+
+
+def test_batches_of_the_metric_count_by_their_size() -> None:
+    net = nasfx.transform(nn.Sequential(LayerChoice([nn.Linear(2, 2), nn.Tanh()])), "darts")
+    x, y = torch.zeros(6, 2), torch.zeros(6, dtype=torch.long)
+    result = nasfx.search(
+        net, [(x, y)], [(x[:4], y[:4]), (x[:1], y[:1])], loss=F.cross_entropy, epochs=1,
+        metric=lambda outputs, target: float(len(target)),
+    )  # fmt: skip
+    assert result.best_metric == pytest.approx((4 * 4.0 + 1 * 1.0) / 5)
