@@ -38,7 +38,7 @@ if TYPE_CHECKING:
         profile,
     )
     from nasfx.export import export_mnn, export_onnx, write_module
-    from nasfx.searching import SearchResult, search
+    from nasfx.searching import SearchResult, evolve, search
 
 __version__ = "0.1.0"
 
@@ -49,7 +49,7 @@ _LAZY = {
         "onnxruntime_milliseconds", "profile",
     ),
     "nasfx.export": ("export_mnn", "export_onnx", "write_module"),
-    "nasfx.searching": ("SearchResult", "search"),
+    "nasfx.searching": ("SearchResult", "evolve", "search"),
 }  # fmt: skip
 _HOME = {name: module for module, names in _LAZY.items() for name in names}
 
@@ -77,6 +77,7 @@ __all__ = [
     "VerifyError",
     "activated",
     "count",
+    "evolve",
     "explain",
     "export_mnn",
     "export_onnx",

@@ -1,4 +1,5 @@
-"""The search loop and its result."""
+"""The search loop, the evolutionary search, and what they return."""
 
+from nasfx.searching.evolution import evolve as evolve
 from nasfx.searching.loop import search as search
 from nasfx.searching.result import SearchResult as SearchResult

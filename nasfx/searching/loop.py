@@ -9,19 +9,26 @@ from typing import Any
 import torch
 from lightning_fabric import Fabric
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress
 from torch import Tensor
 from torch.utils.data import DataLoader
 
 from nasfx.architecture import Architecture
 from nasfx.errors import SearchError
+from nasfx.searching.evaluation import (
+    Batch,
+    Metric,
+    batches,
+    checked,
+    evaluate,
+    kept_net_modes,
+    progress_bar,
+)
 from nasfx.searching.nonfinite import nonfinite_error
 from nasfx.searching.result import SearchResult
-from nasfx.subnet import kept_modes
 from nasfx.supernet import Supernet
 
 Loss = Callable[[Any, Any], Tensor]
-Metric = Callable[[Any, Any], Any]
 
 
 def search(
@@ -117,20 +124,10 @@ class _Run:
 
     # -- steps -------------------------------------------------------------------------------------
 
-    def _batches(self, data: Any, what: str) -> Iterator[tuple[tuple[Any, ...], Any]]:
-        empty = True
-        for batch in data:
-            empty = False
-            if not isinstance(batch, list | tuple) or len(batch) != 2:
-                raise SearchError(f"a batch of {what} must be (inputs, target), not {type(batch)}")
-            inputs, target = self.fabric.to_device(batch)
-            yield (tuple(inputs) if isinstance(inputs, list | tuple) else (inputs,)), target
-        if empty:
-            raise SearchError(
-                f"{what} gave no batch; an iterator that is used up cannot be read again"
-            )
+    def _batches(self, data: Any, what: str) -> Iterator[Batch]:
+        return batches(data, what, self.fabric.to_device)
 
-    def _endless(self) -> Iterator[tuple[tuple[Any, ...], Any]]:
+    def _endless(self) -> Iterator[Batch]:
         while True:
             yield from self._batches(self.valid, "valid")
 
@@ -138,14 +135,8 @@ class _Run:
         with self.fabric.autocast():
             return self.net(*inputs)
 
-    def _checked(self, value: Tensor, inputs: tuple[Any, ...], what: str) -> float:
-        if not isinstance(value, Tensor) or value.numel() != 1:
-            shape = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
-            raise SearchError(f"{what} must be a tensor of one number, a batch mean, not {shape}")
-        number = float(value.detach())
-        if number != number or number in (float("inf"), float("-inf")):
-            raise nonfinite_error(self.net, inputs, f"{what} became {number} {self.position}")
-        return number
+    def _checked(self, value: Any, inputs: tuple[Any, ...], what: str) -> float:
+        return checked(self.net, value, inputs, what, self.position)
 
     def _arch_step(self, inputs: tuple[Any, ...], target: Any) -> float:
         with self.net.arch_step():
@@ -176,26 +167,10 @@ class _Run:
         return number
 
     def evaluate(self, arch: Architecture) -> float:
-        """The metric of one architecture over the validation data, in eval mode.
-
-        Batches count by their size, so that a smaller last one does not weigh too much.
-        """
-        total, count = 0.0, 0
-        with kept_modes(self.net), self.net.forced(arch), torch.no_grad():
-            self.net.eval()
-            for inputs, target in self._batches(self.valid, "valid"):
-                outputs = self._outputs(inputs)
-                if self.metric is None:
-                    value: Any = -self.loss(outputs, target)
-                else:
-                    value = self.metric(outputs, target)
-                    if isinstance(value, int | float):
-                        value = torch.tensor(float(value))
-                first = inputs[0]
-                size = len(first) if isinstance(first, Tensor) and first.dim() else 1
-                total += size * self._checked(value, inputs, "the metric")
-                count += size
-        return total / count
+        """The metric of one architecture over the validation data, in eval mode."""
+        data = self._batches(self.valid, "valid")
+        metric = self.metric or (lambda outputs, target: -self.loss(outputs, target))
+        return evaluate(self.net, arch, data, metric, when=self.position, run=self._outputs)
 
     # -- the loop ----------------------------------------------------------------------------------
 
@@ -203,32 +178,24 @@ class _Run:
         """All epochs, then the strategy's conclusion."""
         records: list[dict[str, Any]] = []
         valid = self._endless()
-        columns = (
-            TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[figures]}"),
-            TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(),
-        )  # fmt: skip
-        with (
-            kept_modes(self.net),
-            Progress(*columns, console=console, disable=not console.is_terminal) as progress,
-        ):
+        with kept_net_modes(self.net), progress_bar(console) as progress:
             try:
-                batches = len(self.train)
+                total = len(self.train) * self.epochs
             except TypeError:
-                batches = None
-            total = None if batches is None else batches * self.epochs
+                total = None
             task = progress.add_task("search", total=total, figures="")
             for epoch in range(self.epochs):
                 records.append(self._epoch(epoch, valid, progress, task, records))
         self.position = "after the last epoch"
         scores: dict[Architecture, float] = {}
 
-        def evaluate(arch: Architecture) -> float:
+        def scored(arch: Architecture) -> float:
             scores[arch] = self.evaluate(arch)
             return scores[arch]
 
-        best = self.net.conclude(evaluate)
+        best = self.net.conclude(scored)
         if best not in scores:
-            evaluate(best)
+            scored(best)
         return SearchResult(best, tuple(records), scores[best])
 
     def _epoch(

@@ -12,15 +12,24 @@ from rich.table import Table
 
 from nasfx.architecture import Architecture
 
+_TIMES = ("epoch", "generation")
+# By panel, what is drawn; columns that the records do not have are left out.
+_PANELS = (
+    ("train_loss", "arch_loss"), ("metric",), ("entropy",), ("best", "mean"), ("evaluated",),
+)  # fmt: skip
+
 
 @dataclass(frozen=True)
 class SearchResult:
     """The found architecture and every figure of the search.
 
     Attributes:
-        architecture: what the strategy concluded with, canonical.
-        records: one dict an epoch: "epoch", "train_loss", "arch_loss" (None in epochs without arch
-            steps), "metric", "entropy" (nats, mean over the choices), "lr", "seconds".
+        architecture: what was found, canonical.
+        records: of `search`, one dict an epoch: "epoch", "train_loss", "arch_loss" (None in epochs
+            without arch steps), "metric", "entropy" (nats, mean over the choices), "lr",
+            "seconds". Of `evolve`, one dict a generation: "generation", "best" (the best metric so
+            far), "mean" (of this generation's metrics), "evaluated" (how many architectures this
+            generation has), "seconds".
         best_metric: the metric of `architecture` on the validation data, under the shared weights.
     """
 
@@ -45,18 +54,21 @@ class SearchResult:
         return f"{capture.get()}best metric {self.best_metric:.4f} with {dict(self.architecture)}"
 
     def plot(self, path: str | Path) -> Path:
-        """Draw losses, metric and entropy over the epochs into an image file."""
+        """Draw losses, metrics and entropy over the epochs or generations into an image file."""
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
 
-        figure = Figure(figsize=(9, 3), layout="constrained")
+        columns = self.records[0]
+        time = next(name for name in _TIMES if name in columns)
+        panels = [shown for panel in _PANELS if (shown := [n for n in panel if n in columns])]
+        figure = Figure(figsize=(3 * len(panels), 3), layout="constrained")
         FigureCanvasAgg(figure)
-        epochs = [record["epoch"] for record in self.records]
-        panels = ("train_loss", "arch_loss"), ("metric",), ("entropy",)
-        for axes, names in zip(figure.subplots(1, 3), panels, strict=True):
+        x = [record[time] for record in self.records]
+        every_axes = figure.subplots(1, len(panels), squeeze=False)[0]
+        for axes, names in zip(every_axes, panels, strict=True):
             for name in names:
-                axes.plot(*_known(epochs, [r[name] for r in self.records]), marker=".", label=name)
-            axes.set_xlabel("epoch")
+                axes.plot(*_known(x, [r[name] for r in self.records]), marker=".", label=name)
+            axes.set_xlabel(time)
             axes.legend()
         figure.savefig(path)
         return Path(path)

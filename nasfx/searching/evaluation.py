@@ -1,0 +1,115 @@
+"""What `search` and `evolve` share: batches, checked figures, the metric of one architecture."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from torch import Tensor
+
+from nasfx.architecture import Architecture
+from nasfx.errors import SearchError
+from nasfx.searching.nonfinite import nonfinite_error
+from nasfx.subnet import kept_modes
+from nasfx.supernet import Supernet
+
+Metric = Callable[[Any, Any], Any]
+"""metric(outputs, target) -> a batch mean, higher is better."""
+
+Batch = tuple[tuple[Any, ...], Any]
+"""The arguments of forward, and the target."""
+
+
+def batches(data: Iterable[Any], what: str, move: Callable[[Any], Any]) -> Iterator[Batch]:
+    """One pass over `data`, each batch on the net's device.
+
+    Args:
+        data: batches (inputs, target), where inputs are a tensor or a tuple of them.
+        what: its name in messages.
+        move: puts a batch on the device.
+
+    Raises:
+        SearchError: a batch is no pair, or there is none.
+    """
+    empty = True
+    for batch in data:
+        empty = False
+        if not isinstance(batch, list | tuple) or len(batch) != 2:
+            raise SearchError(f"a batch of {what} must be (inputs, target), not {type(batch)}")
+        inputs, target = move(batch)
+        yield (tuple(inputs) if isinstance(inputs, list | tuple) else (inputs,)), target
+    if empty:
+        raise SearchError(f"{what} gave no batch; an iterator that is used up cannot be read again")
+
+
+def checked(net: Supernet, value: Any, inputs: tuple[Any, ...], what: str, when: str) -> float:
+    """`value`, a tensor of one finite number, as a float.
+
+    Raises:
+        SearchError: it is none; where it is not finite, with the candidate that made it so.
+    """
+    if not isinstance(value, Tensor) or value.numel() != 1:
+        shape = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+        raise SearchError(f"{what} must be a tensor of one number, a batch mean, not {shape}")
+    number = float(value.detach())
+    if number != number or number in (float("inf"), float("-inf")):
+        raise nonfinite_error(net, inputs, f"{what} became {number} {when}")
+    return number
+
+
+@contextmanager
+def kept_net_modes(net: Supernet) -> Generator[None, None, None]:
+    """After the block every module of `net`, and of what it was traced from, has its mode again."""
+    with kept_modes(net.traced.origin), kept_modes(net.traced), kept_modes(net):
+        yield
+
+
+def evaluate(
+    net: Supernet,
+    arch: Architecture,
+    data: Iterable[Batch],
+    metric: Metric,
+    *,
+    when: str,
+    run: Callable[[tuple[Any, ...]], Any] | None = None,
+) -> float:
+    """The mean of `metric` over the data, of one architecture in eval mode.
+
+    Batches count by their size, so that a smaller last one does not weigh too much.
+
+    Args:
+        net: the net, whose weights are used.
+        arch: the architecture.
+        data: the batches, as `batches` gives them.
+        metric: the metric.
+        when: where the search stands, for messages.
+        run: calls the net; by default `net(*inputs)`.
+
+    Raises:
+        SearchError: the metric is no number, or not finite.
+    """
+    total, count = 0.0, 0
+    with kept_net_modes(net), net.forced(arch), torch.no_grad():
+        net.eval()
+        for inputs, target in data:
+            value = metric(net(*inputs) if run is None else run(inputs), target)
+            if isinstance(value, int | float):
+                value = torch.tensor(float(value), dtype=torch.float64)
+            first = inputs[0]
+            size = len(first) if isinstance(first, Tensor) and first.dim() else 1
+            total += size * checked(net, value, inputs, "the metric", when)
+            count += size
+    return total / count
+
+
+def progress_bar(console: Console) -> Progress:
+    """A bar with figures and times; nothing where `console` is no terminal."""
+    columns = (
+        TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[figures]}"),
+        TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(),
+    )  # fmt: skip
+    return Progress(*columns, console=console, disable=not console.is_terminal)
