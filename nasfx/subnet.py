@@ -357,8 +357,11 @@ def evaluating(module: nn.Module) -> Generator[None, None, None]:
 
 @contextmanager
 def kept_modes(module: nn.Module) -> Generator[None, None, None]:
-    """After the block every module below `module` is in the mode that it was in before."""
-    modes = [(m, m.training) for m in module.modules()]
+    """After the block `module`, and what a net holds beside its children, has its modes again."""
+    held = [module]
+    if isinstance(module, Supernet):
+        held += [module.traced, module.traced.origin]
+    modes = [(m, m.training) for root in held for m in root.modules()]
     try:
         yield
     finally:

@@ -12,7 +12,7 @@ from nasfx.choice import EMPTY
 from nasfx.ops.arch_state import ArchState
 from nasfx.ops.select import Demanded, InputSwitch, Switch, demanded
 from nasfx.ops.stages import SUPERNET
-from nasfx.rewriting.effects import Effects
+from nasfx.rewriting.effects import Effects, inputs_read
 from nasfx.rewriting.graph import (
     ModelGraph,
     free_name,
@@ -226,5 +226,6 @@ def _reads_when(
 def _takes(candidate: nn.Module | None, tensors: Sequence[fx.Node], value: fx.Node) -> bool:
     if not isinstance(candidate, fx.GraphModule):
         return True
-    placeholders = candidate.graph.find_nodes(op="placeholder")
-    return any(t is value and p.users for t, p in zip(tensors, placeholders, strict=False))
+    # The draws of choices inside are further placeholders.
+    used = inputs_read(candidate.graph)
+    return any(t is value and use for t, use in zip(tensors, used, strict=False))

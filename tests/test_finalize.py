@@ -606,3 +606,18 @@ def test_a_subnet_of_two_modes_refuses_to_lose_one() -> None:
     static.eval()
     again = pickle.loads(pickle.dumps(static))
     assert torch.equal(again(x), subnet(x))
+
+
+@pytest.mark.parametrize("strategy", ["darts", "proxyless", "single-path"])
+def test_the_modes_of_all_that_a_net_holds_return_after_the_certificate(strategy: str) -> None:
+    """Measuring switches to eval: net, traced model and the user's classes must come back."""
+    model = nn.Sequential(
+        nn.Sequential(nn.Linear(3, 3), nn.Dropout(0.5)),
+        LayerChoice({"a": nn.Sequential(nn.Linear(3, 3), nn.ReLU()), "b": nn.Tanh()}, label="act"),
+    )
+    net = nasfx.transform(model, strategy, example_inputs=torch.zeros(2, 3))
+    held = [net, net.traced, net.traced.origin]
+    before = [[m.training for m in module.modules()] for module in held]
+    assert all(map(all, before))
+    nasfx.finalize(net, {"act": "a"})
+    assert [[m.training for m in module.modules()] for module in held] == before

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 from collections import OrderedDict, deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from types import MethodType
 from typing import Any
@@ -373,19 +373,3 @@ def tensor_leaves(args: Any, kwargs: Any) -> list[fx.Node]:
     found: list[fx.Node] = []
     fx.map_arg((args, kwargs), lambda node: found.append(node) or node)
     return found
-
-
-def inputs_read(graph: fx.Graph) -> list[fx.Node]:
-    """The placeholders of `graph`."""
-    return list(graph.find_nodes(op="placeholder"))
-
-
-def output_of(graph: fx.Graph) -> fx.Node:
-    """The output node of `graph`."""
-    return graph.output_node()
-
-
-def erase(nodes: Iterable[fx.Node]) -> None:
-    """Erase `nodes`, users before their inputs; each must have no user outside of them."""
-    for node in sorted(nodes, reverse=True):
-        node.graph.erase_node(node)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -61,13 +60,6 @@ def checked(net: Supernet, value: Any, inputs: tuple[Any, ...], what: str, when:
     return number
 
 
-@contextmanager
-def kept_net_modes(net: Supernet) -> Generator[None, None, None]:
-    """After the block every module of `net`, and of what it was traced from, has its mode again."""
-    with kept_modes(net.traced.origin), kept_modes(net.traced), kept_modes(net):
-        yield
-
-
 def evaluate(
     net: Supernet,
     arch: Architecture,
@@ -93,7 +85,7 @@ def evaluate(
         SearchError: the metric is no number, or not finite.
     """
     total, count = 0.0, 0
-    with kept_net_modes(net), net.forced(arch), torch.no_grad():
+    with kept_modes(net), net.forced(arch), torch.no_grad():
         net.eval()
         for inputs, target in data:
             value = metric(net(*inputs) if run is None else run(inputs), target)

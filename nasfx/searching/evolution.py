@@ -17,9 +17,10 @@ from nasfx.architecture import Architecture, SpaceChoice
 from nasfx.choice import Decision
 from nasfx.errors import SearchError
 from nasfx.ops.select import unmoved_buffers
-from nasfx.searching.evaluation import Metric, batches, evaluate, kept_net_modes, progress_bar
+from nasfx.searching.evaluation import Metric, batches, evaluate, progress_bar
 from nasfx.searching.result import SearchResult
 from nasfx.space import SearchSpace
+from nasfx.subnet import kept_modes
 from nasfx.supernet import Supernet
 
 Constraint = Callable[[Architecture], bool]
@@ -282,7 +283,7 @@ class _Judge:
     def _recalibrate(self, arch: Architecture, loader: Iterable[Any], n: int) -> None:
         """Give the batch norms of `arch` the average statistics of `n` batches."""
         net = self.net
-        with kept_net_modes(net), net.forced(arch), torch.no_grad():
+        with kept_modes(net), net.forced(arch), torch.no_grad():
             net.train()
             norms = _running_norms(net.subnet_graph(arch))
             if not norms:

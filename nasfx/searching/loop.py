@@ -21,11 +21,11 @@ from nasfx.searching.evaluation import (
     batches,
     checked,
     evaluate,
-    kept_net_modes,
     progress_bar,
 )
 from nasfx.searching.nonfinite import nonfinite_error
 from nasfx.searching.result import SearchResult
+from nasfx.subnet import kept_modes
 from nasfx.supernet import Supernet
 
 Loss = Callable[[Any, Any], Tensor]
@@ -178,7 +178,7 @@ class _Run:
         """All epochs, then the strategy's conclusion."""
         records: list[dict[str, Any]] = []
         valid = self._endless()
-        with kept_net_modes(self.net), progress_bar(console) as progress:
+        with kept_modes(self.net), progress_bar(console) as progress:
             try:
                 total = len(self.train) * self.epochs
             except TypeError:

@@ -478,3 +478,23 @@ def test_a_weighted_sum_is_left_alone(lower: Lower) -> None:
     net = Net(chain, pick=pick(2))
     gm, ctx = lower(net, nasfx.passes.LowerWeightedSum())
     assert DeferProducers()(gm, ctx).modified is False
+
+
+def test_an_argument_that_a_candidate_reads_for_nothing_does_not_run_its_producer() -> None:
+    """The space calls such a producer inactive, so it must not run either."""
+
+    class Idle(nn.Module):
+        def forward(self, x: Tensor, y: Tensor) -> Tensor:
+            y * 2  # whose value nobody reads
+            return x * 1
+
+    model = Net(
+        candidate_that_ignores,
+        layer2=LayerChoice({"idle": Idle(), "both": Both()}, label="layer2"),
+    )
+    net = nasfx.transform(model, "single-path")
+    for decision, needed in (("idle", ""), ("both", "a")):
+        net._arch.drawn_decisions = {"layer2": decision}
+        with calls(net) as made, torch.no_grad():
+            net(X)
+        assert "".join(sorted(made)) == needed, decision
