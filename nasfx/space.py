@@ -27,10 +27,14 @@ class SearchSpace:
     Attributes:
         choices: the decisions, outer ones first, in the order of the graph.
         size: the exact number of canonical architectures.
+        costs: by name, what a canonical architecture costs.
+        bounds: by name, what it may cost at most.
     """
 
     def __init__(self, choices: Sequence[SpaceChoice], places: Sequence[Place]) -> None:
         self.choices = tuple(choices)
+        self.costs: dict[str, Callable[[Architecture], float]] = {}
+        self.bounds: dict[str, float] = {}
         self._by_label = {choice.label: choice for choice in choices}
         self._places = tuple(places)
         self._places_of: dict[str, list[int]] = {}
@@ -141,6 +145,10 @@ class SearchSpace:
             if active:
                 canonical[choice.label] = decided[choice.label]
         return Architecture(canonical)
+
+    def fits(self, architecture: Architecture) -> bool:
+        """Whether a canonical architecture keeps within all bounds."""
+        return all(self.costs[name](architecture) <= bound for name, bound in self.bounds.items())
 
     def sample(self, generator: torch.Generator | None = None) -> Architecture:
         """A canonical architecture, each active decision drawn uniformly."""

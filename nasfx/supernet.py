@@ -210,7 +210,7 @@ class Supernet(nn.Module):
         self._step = kind
         try:
             if self.strategy.samples:
-                self._arch.drawn_decisions = self.strategy.draw(self._arch, self.space)
+                self._arch.state.drawn = self.strategy.draw(self._arch, self.space)
             for p in switched:
                 p.requires_grad_(False)
             yield
@@ -270,7 +270,7 @@ class Supernet(nn.Module):
                 f"{self.strategy.name} runs the mixture of all candidates, so there is no path; "
                 "derive() gives the architecture that it has found so far"
             )
-        return self.space.validate(self._arch.drawn_decisions)
+        return self.space.validate(self._arch.state.drawn)
 
     def derive(self) -> Architecture:
         """The architecture that the search has found so far.
@@ -291,7 +291,7 @@ class Supernet(nn.Module):
 
     def seed(self, seed: int) -> None:
         """Seed the generator that draws paths."""
-        self._arch.path_generator.manual_seed(seed)
+        self._arch.state.generator.manual_seed(seed)
 
     @contextmanager
     def forced(self, arch: Mapping[str, Any]) -> Generator[Architecture, None, None]:
@@ -325,12 +325,12 @@ class Supernet(nn.Module):
         gm = self.graph_module
         if not self.strategy.samples:
             return OneHot(gm, self.space, arch).run(*inputs)
-        drawn = self._arch.drawn_decisions
+        drawn = self._arch.state.drawn
         try:
-            self._arch.drawn_decisions = drawn | {label: arch.decision(label) for label in arch}
+            self._arch.state.drawn = drawn | {label: arch.decision(label) for label in arch}
             return gm(*inputs)
         finally:
-            self._arch.drawn_decisions = drawn
+            self._arch.state.drawn = drawn
 
 
 def _a_step(kind: str) -> str:

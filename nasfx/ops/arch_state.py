@@ -1,4 +1,4 @@
-"""The architecture parameters of a net, and the path that was drawn last."""
+"""The architecture parameters of a net, and everything else that a search remembers."""
 
 from __future__ import annotations
 
@@ -12,53 +12,40 @@ from nasfx.choice import Decision
 from nasfx.errors import CheckpointError, SpaceError
 
 
-class ArchState(nn.Module):
-    """Parameters under their labels; `forward(label)` gives the drawn decision.
+class SearchState(nn.Module):
+    """What a search remembers beside parameters by label; the child `state` of an `ArchState`.
 
-    Everything that a search changes beside the weights is in its state_dict, as tensors: the
-    parameters as `<label>`, the generator as `state.generator` and the draws as
-    `state.path.<label>` (labels hold no dot, so the names cannot meet).
+    In its state_dict everything is a tensor: the generator as `generator`, the draws as
+    `path.<label>`, and the buffers and children that a strategy registers (a temperature, a
+    baseline, a controller) under their own names.
 
     Attributes:
-        path_generator: draws the paths.
-        drawn_decisions: the drawn decision for every label, inactive ones too.
+        generator: draws paths and noise.
+        drawn: the drawn decision for every label, inactive ones too.
         candidate_names: by label what may be chosen: names, or the indices of inputs.
         n_chosen: by label how many inputs are chosen; None, or no entry, for any number.
+        fresh: what a strategy keeps from the start of a step to the optimizer's; not saved.
     """
 
     def __init__(
         self,
-        alphas: Mapping[str, Tensor],
         candidate_names: Mapping[str, tuple[Any, ...]],
+        n_chosen: Mapping[str, int | None],
         seed: int,
-        n_chosen: Mapping[str, int | None] | None = None,
     ) -> None:
         super().__init__()
-        self.n_chosen = dict(n_chosen or {})
-        self.candidate_names = dict(candidate_names)
-        self.drawn_decisions: dict[str, Decision] = {}
-        self.path_generator = torch.Generator().manual_seed(seed)
-        for label in (*alphas, *candidate_names):
-            if hasattr(self, label):
-                raise SpaceError(f"label {label!r} is reserved; give the choice another one")
-        for label, alpha in alphas.items():
-            self.register_parameter(label, nn.Parameter(alpha))
-
-    def forward(self, label: str) -> Decision:
-        """The decision that is drawn for `label`."""
-        return self.drawn_decisions[label]
-
-    def alpha_parameters(self) -> dict[str, nn.Parameter]:
-        """The architecture parameters by label."""
-        return {label: p for label, p in self._parameters.items() if p is not None}
+        self.candidate_names, self.n_chosen = dict(candidate_names), dict(n_chosen)
+        self.drawn: dict[str, Decision] = {}
+        self.generator = torch.Generator().manual_seed(seed)
+        self.fresh: dict[str, Any] = {}
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        destination[prefix + "state.generator"] = self.path_generator.get_state()
-        for label, decision in self.drawn_decisions.items():
+        destination[prefix + "generator"] = self.generator.get_state()
+        for label, decision in self.drawn.items():
             names = self.candidate_names[label]
             indices = [names.index(decision)] if isinstance(decision, str) else list(decision)
-            destination[f"{prefix}state.path.{label}"] = torch.tensor(indices, dtype=torch.int64)
+            destination[f"{prefix}path.{label}"] = torch.tensor(indices, dtype=torch.int64)
 
     def _load_from_state_dict(
         self, state_dict: Any, prefix: str, local_metadata: Any, strict: bool,
@@ -67,19 +54,20 @@ class ArchState(nn.Module):
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
-        own = f"{prefix}state."
-        unexpected_keys[:] = [key for key in unexpected_keys if not key.startswith(own)]
-        if f"{own}generator" in state_dict:
-            self.path_generator.set_state(state_dict[f"{own}generator"].cpu())
+        generator, path = f"{prefix}generator", f"{prefix}path."
+        unexpected_keys[:] = [
+            key for key in unexpected_keys if key != generator and not key.startswith(path)
+        ]
+        if generator in state_dict:
+            self.generator.set_state(state_dict[generator].cpu())
         elif strict:
-            missing_keys.append(f"{own}generator")
+            missing_keys.append(generator)
         if strict:
-            drawn = (f"{own}path.{label}" for label in self.drawn_decisions)
-            missing_keys += [key for key in drawn if key not in state_dict]
-        for key in [k for k in state_dict if k.startswith(own) and k != f"{own}generator"]:
-            label = key.removeprefix(f"{own}path.")
+            missing_keys += [k for label in self.drawn if (k := path + label) not in state_dict]
+        for key in [key for key in state_dict if key.startswith(path)]:
+            label = key.removeprefix(path)
             if label in self.candidate_names:
-                self.drawn_decisions[label] = self._decision(key, label, state_dict[key])
+                self.drawn[label] = self._decision(key, label, state_dict[key])
             elif strict:
                 unexpected_keys.append(key)
 
@@ -94,9 +82,42 @@ class ArchState(nn.Module):
         return names[indices[0]] if named else tuple(sorted(indices))
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "path_generator": self.path_generator.get_state()}
+        return {**self.__dict__, "generator": self.generator.get_state(), "fresh": {}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         generator = torch.Generator()
-        generator.set_state(state["path_generator"])
-        super().__setstate__({**state, "path_generator": generator})
+        generator.set_state(state["generator"])
+        super().__setstate__({**state, "generator": generator})
+
+
+class ArchState(nn.Module):
+    """Parameters under their labels; `forward(label)` gives the drawn decision.
+
+    Attributes:
+        state: the rest of what a search remembers.
+    """
+
+    state: SearchState
+
+    def __init__(
+        self,
+        alphas: Mapping[str, Tensor],
+        candidate_names: Mapping[str, tuple[Any, ...]],
+        seed: int,
+        n_chosen: Mapping[str, int | None] | None = None,
+    ) -> None:
+        super().__init__()
+        self.state = SearchState(candidate_names, n_chosen or {}, seed)
+        for label in (*alphas, *candidate_names):
+            if hasattr(self, label):
+                raise SpaceError(f"label {label!r} is reserved; give the choice another one")
+        for label, alpha in alphas.items():
+            self.register_parameter(label, nn.Parameter(alpha))
+
+    def forward(self, label: str) -> Decision:
+        """The decision that is drawn for `label`."""
+        return self.state.drawn[label]
+
+    def alpha_parameters(self) -> dict[str, nn.Parameter]:
+        """The architecture parameters by label."""
+        return {label: p for label, p in self._parameters.items() if p is not None}

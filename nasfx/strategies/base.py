@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from nasfx.architecture import Architecture, SpaceChoice
 from nasfx.choice import Decision
@@ -19,7 +19,25 @@ from nasfx.rewriting.passes import Pass
 from nasfx.space import SearchSpace
 
 Evaluate = Callable[[Architecture], float]
-"""The validation metric of one architecture under the shared weights; higher is better."""
+"""The validation score of one architecture under the shared weights; higher is better."""
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """When `nasfx.search` takes arch steps.
+
+    Attributes:
+        every: one optimizer step of the architecture before every so many weight steps; 0 for none
+            among the weight steps, but a phase of its own after those of the epoch.
+        steps: optimizer steps in such a phase; None for as many as make one pass over `valid`.
+        draws: arch steps, each with a draw of its own, that an optimizer step averages.
+        same_batch: whether these share one batch of `valid`.
+    """
+
+    every: int = 1
+    steps: int | None = None
+    draws: int = 1
+    same_batch: bool = False
 
 
 @dataclass(frozen=True)
@@ -31,10 +49,14 @@ class Strategy(ABC):
     Class attributes:
         name: in kebab-case, as `transform` takes it.
         samples: whether every step draws a path.
+        rewarded: whether the architecture is learned from the rewards of drawn paths, through
+            `surrogate`, and not from the gradient of the loss.
     """
 
     name: ClassVar[str]
     samples: ClassVar[bool]
+
+    # -- what stands in the graph ------------------------------------------------------------------
 
     @abstractmethod
     def passes(self, space: SearchSpace) -> tuple[Pass, ...]:
@@ -43,6 +65,78 @@ class Strategy(ABC):
     @abstractmethod
     def candidates(self, choice: SpaceChoice) -> tuple[Any, ...]:
         """The candidates that get an architecture parameter, in order; () for none."""
+
+    def initial_alpha(self, n: int, generator: torch.Generator) -> Tensor:
+        """The architecture parameters at the start: 1e-3 times standard normal draws."""
+        return 1e-3 * torch.randn(n, generator=generator, dtype=torch.float64)
+
+    def arch_state(self, space: SearchSpace, seed: int, dtype: torch.dtype) -> ArchState:
+        """New architecture parameters for `space`, with the most probable path drawn."""
+        generator = torch.Generator().manual_seed(seed)
+        alphas = {
+            choice.label: self.initial_alpha(len(candidates), generator).to(dtype)
+            for choice in space.choices
+            if (candidates := self.candidates(choice))
+        }
+        names = {choice.label: choosable(choice) for choice in space.choices}
+        counts = {choice.label: choice.n_chosen for choice in space.choices}
+        arch = ArchState(alphas, names, seed, counts)
+        arch.state.generator.set_state(generator.get_state())
+        if self.samples:
+            arch.state.drawn = {
+                choice.label: most_probable(choice, alphas.get(choice.label))
+                for choice in space.choices
+            }
+        return arch
+
+    # -- steps -------------------------------------------------------------------------------------
+
+    @property
+    def rewarded(self) -> bool:
+        """See the class attributes."""
+        return False
+
+    @property
+    def schedule(self) -> Schedule:
+        """When `nasfx.search` takes arch steps."""
+        return Schedule()
+
+    def draw(self, arch: ArchState, space: SearchSpace) -> dict[str, Decision]:
+        """A decision for every label, inactive ones included, drawn with the state's generator."""
+        raise SearchError(f"{self.name} runs the mixture of all candidates and draws no path")
+
+    def begin_step(self, arch: ArchState, space: SearchSpace, kind: str) -> None:
+        """On entry of a step of kind "weight" or "arch": draw what the step runs."""
+        if self.samples:
+            arch.state.drawn = self.draw(arch, space)
+
+    def end_step(self, arch: ArchState) -> None:
+        """On exit of a step, also after an error: forget the step's noise."""
+
+    def withheld(self, arch: ArchState, space: SearchSpace) -> Collection[str]:
+        """The labels whose parameters get no gradient in the arch step that has begun."""
+        return ()
+
+    def surrogate(self, arch: ArchState, space: SearchSpace, reward: float) -> Tensor:
+        """For rewarded strategies: what an arch step minimises; it touches no weight."""
+        raise NotImplementedError
+
+    def end_epoch(self, arch: ArchState) -> None:
+        """After an epoch with arch steps: anneal what is annealed."""
+
+    def arch_optimizer(
+        self,
+        parameters: list[nn.Parameter],
+        cls: type[torch.optim.Optimizer] | None,
+        **options: Any,
+    ) -> torch.optim.Optimizer:
+        """The optimizer of the architecture parameters: the paper's, or `cls` with `options`."""
+        return (cls or torch.optim.Adam)(parameters, **options)
+
+    def hook(self, optimizer: torch.optim.Optimizer, arch: ArchState, space: SearchSpace) -> None:
+        """Hang the strategy's own corrections on the steps of an optimizer of its parameters."""
+
+    # -- what has been found -----------------------------------------------------------------------
 
     @abstractmethod
     def derive(self, arch: ArchState, space: SearchSpace) -> Architecture:
@@ -61,45 +155,9 @@ class Strategy(ABC):
             if choice.label in alphas
         }
 
-    def draw(self, arch: ArchState, space: SearchSpace) -> dict[str, Decision]:
-        """A decision for every label, inactive ones included, drawn with the state's generator."""
-        raise SearchError(f"{self.name} runs the mixture of all candidates and draws no path")
-
-    def arch_optimizer(
-        self,
-        parameters: list[nn.Parameter],
-        cls: type[torch.optim.Optimizer] | None,
-        **options: Any,
-    ) -> torch.optim.Optimizer:
-        """The optimizer of the architecture parameters: the paper's, or `cls` with `options`."""
-        return (cls or torch.optim.Adam)(parameters, **options)
-
     def conclude(self, space: SearchSpace, arch: ArchState, evaluate: Evaluate) -> Architecture:
         """The architecture that a finished search returns; may evaluate several."""
         return self.derive(arch, space)
-
-    def initial_alpha(self, n: int, generator: torch.Generator) -> Tensor:
-        """The architecture parameters at the start: 1e-3 times standard normal draws."""
-        return 1e-3 * torch.randn(n, generator=generator, dtype=torch.float64)
-
-    def arch_state(self, space: SearchSpace, seed: int, dtype: torch.dtype) -> ArchState:
-        """New architecture parameters for `space`, with the most probable path drawn."""
-        generator = torch.Generator().manual_seed(seed)
-        alphas = {
-            choice.label: self.initial_alpha(len(candidates), generator).to(dtype)
-            for choice in space.choices
-            if (candidates := self.candidates(choice))
-        }
-        names = {choice.label: choosable(choice) for choice in space.choices}
-        counts = {choice.label: choice.n_chosen for choice in space.choices}
-        state = ArchState(alphas, names, seed, counts)
-        state.path_generator.set_state(generator.get_state())
-        if self.samples:
-            state.drawn_decisions = {
-                choice.label: most_probable(choice, alphas.get(choice.label))
-                for choice in space.choices
-            }
-        return state
 
 
 def choosable(choice: SpaceChoice) -> tuple[Any, ...]:

@@ -46,7 +46,7 @@ class Proxyless(Strategy):
         """Draw every label from its own distribution."""
         alphas = arch.alpha_parameters()
         return {
-            choice.label: draw_decision(choice, alphas[choice.label], arch.path_generator)
+            choice.label: draw_decision(choice, alphas[choice.label], arch.state.generator)
             for choice in space.choices
         }
 

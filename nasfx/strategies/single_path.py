@@ -49,7 +49,7 @@ class SinglePath(Strategy):
 
     def draw(self, arch: ArchState, space: SearchSpace) -> dict[str, Decision]:
         """Draw every label uniformly."""
-        return {choice.label: choice.draw(arch.path_generator) for choice in space.choices}
+        return {choice.label: choice.draw(arch.state.generator) for choice in space.choices}
 
     def probabilities(self, arch: ArchState, space: SearchSpace) -> dict[str, Tensor]:
         """The uniform law."""
@@ -70,7 +70,7 @@ class SinglePath(Strategy):
 
     def conclude(self, space: SearchSpace, arch: ArchState, evaluate: Evaluate) -> Architecture:
         """The best of `final_samples` architectures; the first of equals."""
-        return best_of(space, arch.path_generator, self.final_samples, evaluate)
+        return best_of(space, arch.state.generator, self.final_samples, evaluate)
 
 
 def best_of(

@@ -17,13 +17,13 @@ def state(seed: int = 0) -> ArchState:
         {"block": ("a", "b"), "pick/0": (0, 1, 2), "uniform": ("c", "d")},
         seed,
     )
-    made.drawn_decisions = {"block": "b", "pick/0": (0, 2), "uniform": "c"}
+    made.state.drawn = {"block": "b", "pick/0": (0, 2), "uniform": "c"}
     return made
 
 
 def other() -> ArchState:
     made = state(seed=99)
-    made.drawn_decisions = {"block": "a", "pick/0": (), "uniform": "d"}
+    made.state.drawn = {"block": "a", "pick/0": (), "uniform": "d"}
     with torch.no_grad():
         for alpha in made.parameters():
             alpha.zero_()
@@ -31,11 +31,11 @@ def other() -> ArchState:
 
 
 def assert_same(a: ArchState, b: ArchState) -> None:
-    assert a.drawn_decisions == b.drawn_decisions
-    assert a.candidate_names == b.candidate_names
+    assert a.state.drawn == b.state.drawn
+    assert a.state.candidate_names == b.state.candidate_names
     assert a.alpha_parameters().keys() == b.alpha_parameters().keys()
     assert all(torch.equal(p, b.alpha_parameters()[k]) for k, p in a.alpha_parameters().items())
-    draws = [torch.rand(5, generator=g).tolist() for g in (a.path_generator, b.path_generator)]
+    draws = [torch.rand(5, generator=g).tolist() for g in (a.state.generator, b.state.generator)]
     assert draws[0] == draws[1]
 
 
@@ -60,7 +60,7 @@ def test_state_dict_holds_tensors_alone_and_everything() -> None:
 def test_state_dict_round_trip_also_when_nested() -> None:
     for wrap in (lambda m: m, lambda m: nn.ModuleDict({"arch": m})):
         made, loaded = state(), other()
-        torch.rand(3, generator=made.path_generator)
+        torch.rand(3, generator=made.state.generator)
         result = wrap(loaded).load_state_dict(wrap(made).state_dict())
         assert not result.missing_keys
         assert not result.unexpected_keys
@@ -74,17 +74,17 @@ def test_state_dict_round_trip_also_when_nested() -> None:
 )
 def test_copies(again: Callable[[ArchState], ArchState]) -> None:
     made = state()
-    torch.rand(3, generator=made.path_generator)
+    torch.rand(3, generator=made.state.generator)
     copied = again(made)
-    position = made.path_generator.get_state()
+    position = made.state.generator.get_state()
     assert_same(copied, made)
-    made.path_generator.set_state(position)
-    torch.rand(7, generator=copied.path_generator)
-    assert torch.equal(made.path_generator.get_state(), position), "the generator is its own"
-    copied.drawn_decisions["block"] = "a"
+    made.state.generator.set_state(position)
+    torch.rand(7, generator=copied.state.generator)
+    assert torch.equal(made.state.generator.get_state(), position), "the generator is its own"
+    copied.state.drawn["block"] = "a"
     with torch.no_grad():
         copied.get_parameter("block").zero_()
-    assert made.drawn_decisions["block"] == "b"
+    assert made.state.drawn["block"] == "b"
     assert made.get_parameter("block").tolist() == [1, 2]
 
 
@@ -115,7 +115,7 @@ def test_an_index_of_no_input_is_an_error(indices: list[int]) -> None:
         other().load_state_dict(found)
 
 
-@pytest.mark.parametrize("label", ["names", "alphas", "decisions", "generator", "state"])
+@pytest.mark.parametrize("label", ["names", "alphas", "drawn", "generator", "fresh"])
 @pytest.mark.parametrize("strategy", ["darts", "proxyless", "single-path"])
 def test_a_label_may_be_called_as_an_attribute_of_the_state(label: str, strategy: str) -> None:
     net = nn.Sequential(LayerChoice({"lin": nn.Linear(2, 2), "tanh": nn.Tanh()}, label=label))

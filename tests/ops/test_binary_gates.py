@@ -218,7 +218,7 @@ def test_an_inactive_candidate_with_choices_is_run_on_their_drawn_path() -> None
     nas = nasfx.transform(net, "proxyless")
     x = torch.randn(6, 4, dtype=torch.float64)
     for act in ("relu", "tanh"):
-        nas._arch.drawn_decisions = {"block": "sig", "act": act}
+        nas._arch.state.drawn = {"block": "sig", "act": act}
         before = net.get_buffer("1.deep.norm.running_mean").clone()
         y = nas(x)
         y.square().sum().backward()

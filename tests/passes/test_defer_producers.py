@@ -251,7 +251,7 @@ def test_producers_of_unchosen_inputs_are_not_run_forward(case: str, strategy: s
     model = make()
     net = nasfx.transform(model, strategy)
     for decided in decisions(net):
-        net._arch.drawn_decisions = dict(decided)
+        net._arch.state.drawn = dict(decided)
         with calls(net) as made, activated(model, decided):
             with torch.no_grad():
                 found = net(X)
@@ -264,7 +264,7 @@ def test_gradients_of_the_active_path_are_the_eager_ones(case: str) -> None:
     model = CASES[case][0]()
     net = nasfx.transform(model, "single-path")
     for decided in decisions(net):
-        net._arch.drawn_decisions = dict(decided)
+        net._arch.state.drawn = dict(decided)
         (net(X) + X).square().sum().backward()
         found = {k: p.grad for k, p in model.named_parameters()}
         model.zero_grad(set_to_none=True)
@@ -328,7 +328,7 @@ def test_gates_of_deferred_inputs_get_their_gradient_in_backward(case: str) -> N
     for decided in decisions(net):
         expected = gate_gradients(model, decided, net)
         with net.arch_step():
-            net._arch.drawn_decisions = dict(decided)
+            net._arch.state.drawn = dict(decided)
             net.objective((net(X) + X).square().sum()).backward()
         for label, alpha in net._arch.alpha_parameters().items():
             if label in expected:
@@ -347,7 +347,7 @@ def test_batch_norms_of_deferred_producers_do_not_move() -> None:
     net = nasfx.transform(model, "proxyless")
     before = {k: (v, v.clone(), v._version) for k, v in model.named_buffers()}
     with net.arch_step():
-        net._arch.drawn_decisions = {"pick": (1,)}
+        net._arch.state.drawn = {"pick": (1,)}
         net.objective(net(X).square().sum()).backward()
     for key, (tensor, value, version) in before.items():
         assert model.get_buffer(key) is tensor
@@ -402,7 +402,7 @@ def test_writes_in_place_keep_their_order(code: Callable[..., Any], strategy: st
     model = Net(code, pick=pick(2 if code is write_before_the_reader else 3))
     net = nasfx.transform(model, strategy)
     for decided in decisions(net):
-        net._arch.drawn_decisions = dict(decided)
+        net._arch.state.drawn = dict(decided)
         with activated(model, decided), torch.no_grad():
             torch.testing.assert_close(net(X), model(X), rtol=0, atol=0, msg=str(decided))
 
@@ -411,7 +411,7 @@ def test_a_deferred_input_is_computed_from_what_its_producer_would_have_read() -
     model = Net(written_after_the_choice, pick=pick(3))
     net = nasfx.transform(model, "proxyless")
     with net.arch_step():
-        net._arch.drawn_decisions = {"pick": (0,)}
+        net._arch.state.drawn = {"pick": (0,)}
         net.objective(net(X)[0].square().sum()).backward()
     h = model.a(X)
     b = torch.stack([(o * 2 * X).sum() for o in (X, model.b(h * 1), model.c(X))]).detach()
@@ -455,7 +455,7 @@ def test_a_need_that_is_too_long_to_say_is_declined_and_the_node_always_runs() -
     assert [s.node for s in record.skips] == ["a_1"]
     assert all("81 alternatives" in s.reason for s in record.skips)
     assert f"{__file__}:" in record.skips[0].site
-    net._arch.drawn_decisions = {c.label: (1,) for c in net.space.choices}
+    net._arch.state.drawn = {c.label: (1,) for c in net.space.choices}
     with calls(net) as made:
         net(X)
     assert made == ["a"]
@@ -494,7 +494,7 @@ def test_an_argument_that_a_candidate_reads_for_nothing_does_not_run_its_produce
     )
     net = nasfx.transform(model, "single-path")
     for decision, needed in (("idle", ""), ("both", "a")):
-        net._arch.drawn_decisions = {"layer2": decision}
+        net._arch.state.drawn = {"layer2": decision}
         with calls(net) as made, torch.no_grad():
             net(X)
         assert "".join(sorted(made)) == needed, decision

@@ -68,7 +68,7 @@ def test_gradients_of_every_gate(block: str, act: str, pick: int, lower: Lower) 
     net = Net().double()
     gm, _ = lower(net, LowerBinaryGate(), strategy="proxyless")
     arch = gm.get_submodule("arch")
-    arch.drawn_decisions = {"block": block, "act": act, "pick": (pick,)}
+    arch.state.drawn = {"block": block, "act": act, "pick": (pick,)}
     with torch.no_grad():
         for alpha in arch.parameters():
             alpha.copy_(torch.randn(2, dtype=torch.float64))
@@ -133,7 +133,7 @@ def test_a_choice_may_be_followed_by_an_activation_in_place(inputs: bool, index:
     outputs = [h, h * -2] if inputs else [candidates["0"](h), h]
     outputs = [o.detach() for o in outputs]
     with net.arch_step():
-        net._arch.drawn_decisions = {"op": (index,) if inputs else str(index)}
+        net._arch.state.drawn = {"op": (index,) if inputs else str(index)}
         y = net(X)
         net.objective(y.square().sum()).backward()
     assert torch.equal(y, outputs[index].relu())

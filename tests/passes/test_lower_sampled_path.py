@@ -109,7 +109,7 @@ def test_every_path_and_its_gradients_are_the_eager_ones(
         ("deep", "direct", "skip"), ("sig", "deep"), ("relu", "tanh"), range(2)
     ):
         decided = {"block": block, "direct": direct, "act": act, "pick": (i,)}
-        gm.get_submodule("arch").drawn_decisions = decided
+        gm.get_submodule("arch").state.drawn = decided
         results = []
         for model in (gm, net):
             with activated(net, decided):
@@ -132,7 +132,7 @@ def test_draws_reach_choices_two_choices_deep(lower: Lower) -> None:
     x = torch.randn(3, 4)
     for act in ("relu", "tanh"):
         decided = {"outer": "inner", "inner": "deep", "act": act}
-        gm.get_submodule("arch").drawn_decisions = decided
+        gm.get_submodule("arch").state.drawn = decided
         with activated(net, decided):
             assert torch.equal(gm(x), net(x))
 
@@ -147,7 +147,7 @@ def test_only_the_drawn_candidate_is_called(lower: Lower) -> None:
         LowerSampledPath(),
         strategy="single-path",
     )
-    gm.get_submodule("arch").drawn_decisions = {"op": "b"}
+    gm.get_submodule("arch").state.drawn = {"op": "b"}
     gm(torch.randn(2, 4))
     assert called == ["b"]
 

@@ -570,7 +570,7 @@ def everything(net: nasfx.Supernet) -> dict[str, Any]:
     for key, tensor in net.state_dict().items():
         found[f"state {key}"] = tensor.tolist()
     found["path"] = dict(net.path) if net.strategy.samples else None
-    found["generator"] = net._arch.path_generator.get_state().tolist()
+    found["generator"] = net._arch.state.generator.get_state().tolist()
     found["global"] = torch.get_rng_state().tolist()
     return found
 
