@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from nasfx.architecture import Architecture
 from nasfx.choice import InputChoice, LayerChoice, activated
+from nasfx.costs.objectives import CustomCost, Flops, Objective, Params
 from nasfx.errors import (
     CheckpointError,
     ExportError,
@@ -22,21 +23,16 @@ from nasfx.errors import (
 )
 from nasfx.explaining import explain
 from nasfx.space import SearchSpace, search_space
-from nasfx.strategies import Darts, Proxyless, SinglePath
+from nasfx.strategies import Darts, Enas, FBNet, Proxyless, RandomSearch, SinglePath
 from nasfx.subnet import finalize
-from nasfx.supernet import Supernet, transform
+from nasfx.supernet import Supernet
 from nasfx.tracing import TracedModel, trace
+from nasfx.transforming import transform
 
 if TYPE_CHECKING:
-    from nasfx.costs import (
-        Count,
-        Profile,
-        count,
-        known_hardware,
-        mnn_milliseconds,
-        onnxruntime_milliseconds,
-        profile,
-    )
+    from nasfx.costs.count import Count, count
+    from nasfx.costs.profiling import Profile, known_hardware, profile
+    from nasfx.costs.runtimes import mnn_milliseconds, onnxruntime_milliseconds
     from nasfx.export import export_mnn, export_onnx, write_module
     from nasfx.searching import SearchResult, evolve, search
 
@@ -44,10 +40,9 @@ __version__ = "0.1.0"
 
 # Imported at first use: Lightning, ONNX, MNN and nn-Meter take seconds, or may not be installed.
 _LAZY = {
-    "nasfx.costs": (
-        "Count", "Profile", "count", "known_hardware", "mnn_milliseconds",
-        "onnxruntime_milliseconds", "profile",
-    ),
+    "nasfx.costs.count": ("Count", "count"),
+    "nasfx.costs.profiling": ("Profile", "known_hardware", "profile"),
+    "nasfx.costs.runtimes": ("mnn_milliseconds", "onnxruntime_milliseconds"),
     "nasfx.export": ("export_mnn", "export_onnx", "write_module"),
     "nasfx.searching": ("SearchResult", "evolve", "search"),
 }  # fmt: skip
@@ -57,15 +52,22 @@ __all__ = [
     "Architecture",
     "CheckpointError",
     "Count",
+    "CustomCost",
     "Darts",
+    "Enas",
     "ExportError",
+    "FBNet",
+    "Flops",
     "InputChoice",
     "LayerChoice",
     "NasfxError",
+    "Objective",
+    "Params",
     "PassError",
     "Profile",
     "ProfileError",
     "Proxyless",
+    "RandomSearch",
     "SearchError",
     "SearchResult",
     "SearchSpace",

@@ -97,6 +97,9 @@ class SpaceChoice:
         n_chosen: how many inputs are chosen; None for any subset; 1 for a layer.
         places: the paths of the choice modules with this label.
         relaxed_only: candidates of mixtures only, which are never chosen.
+        zeros: the candidates whose graphs give zeros.
+        sources: for an input choice, by index the choice whose output the input comes from last,
+            or None.
         edges: for an input choice whose every input comes straight from a layer choice of its own
             (*edge-scored*, as in a DARTS cell), the labels of those, by index; else empty.
     """
@@ -108,6 +111,13 @@ class SpaceChoice:
     places: tuple[str, ...]
     relaxed_only: tuple[str, ...] = ()
     edges: tuple[str, ...] = ()
+    zeros: tuple[str, ...] = ()
+    sources: tuple[str | None, ...] = ()
+
+    @property
+    def choosable(self) -> tuple[Any, ...]:
+        """The candidates that may be chosen."""
+        return tuple(name for name in self.candidates if name not in self.relaxed_only)
 
     @property
     def n_values(self) -> int:
@@ -120,7 +130,7 @@ class SpaceChoice:
     def values(self) -> Iterator[Decision]:
         """All ways to decide, in a fixed order."""
         if self.kind == "layer":
-            yield from (name for name in self.candidates if name not in self.relaxed_only)
+            yield from self.choosable
             return
         n = len(self.candidates)
         for k in range(n + 1) if self.n_chosen is None else (self.n_chosen,):
@@ -130,7 +140,7 @@ class SpaceChoice:
         """One way to decide, uniformly."""
         n = len(self.candidates)
         if self.kind == "layer":
-            names = [name for name in self.candidates if name not in self.relaxed_only]
+            names = self.choosable
             return names[int(torch.randint(len(names), (), generator=generator))]
         if self.n_chosen is None:
             taken = torch.randint(2, (n,), generator=generator).tolist()

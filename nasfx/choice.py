@@ -25,6 +25,9 @@ Decision = str | tuple[int, ...]
 EMPTY = -1
 """Stands, among the indices of inputs, for the empty subset (whose zeros have input 0's shape)."""
 
+SINGLE = -2
+"""Stands for the subsets of one input."""
+
 _MODULE = nn.Module()
 
 

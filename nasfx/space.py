@@ -9,15 +9,16 @@ canonical architectures are two different subnets, and sizes count those.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 from torch import nn
 
 from nasfx.architecture import Architecture, SpaceChoice
-from nasfx.choice import EMPTY, Choice, Decision
+from nasfx.choice import Choice, Decision, LayerChoice
 from nasfx.errors import SpaceError
-from nasfx.places import Literal, Place, places_of
+from nasfx.places import Activity, Condition, Literal, Place, literal_holds, places_of
+from nasfx.rewriting.effects import gives_zeros
 from nasfx.tracing import TracedModel, trace
 
 
@@ -29,6 +30,7 @@ class SearchSpace:
         size: the exact number of canonical architectures.
         costs: by name, what a canonical architecture costs.
         bounds: by name, what it may cost at most.
+        places: where the choices are called.
     """
 
     def __init__(self, choices: Sequence[SpaceChoice], places: Sequence[Place]) -> None:
@@ -36,15 +38,15 @@ class SearchSpace:
         self.costs: dict[str, Callable[[Architecture], float]] = {}
         self.bounds: dict[str, float] = {}
         self._by_label = {choice.label: choice for choice in choices}
-        self._places = tuple(places)
+        self.places = tuple(places)
         self._places_of: dict[str, list[int]] = {}
         for i, place in enumerate(places):
             self._places_of.setdefault(place.label, []).append(i)
-        self._conditions = [
-            (() if place.container is None else (place.container,), place.demands)
-            for place in places
-        ]
-        self._literals = {choice.label: self._mentioned(choice.label) for choice in choices}
+        self._activity = Activity(places)
+        self._literals = {
+            choice.label: self._activity.literals(self._conditions(choice.label))
+            for choice in choices
+        }
         self._counts: dict[object, int] = {}
 
     def __getitem__(self, label: str) -> SpaceChoice:
@@ -59,21 +61,9 @@ class SearchSpace:
 
     # -- which decisions count -------------------------------------------------------------------
 
-    def _mentioned(self, label: str) -> frozenset[Literal]:
-        """The literals on which it depends whether `label` is active."""
-        found: set[Literal] = set()
-        stack, seen = list(self._places_of[label]), set[int]()
-        while stack:
-            i = stack.pop()
-            if i in seen:
-                continue
-            seen.add(i)
-            container, demands = self._conditions[i]
-            for other, literal in (*container, *(demands or ())):
-                stack.append(other)
-                if literal is not None:
-                    found.add(literal)
-        return frozenset(found)
+    def _conditions(self, label: str) -> list[Condition]:
+        """When the places of `label` are run; it is active where any of them is."""
+        return [self.places[i].condition for i in self._places_of[label]]
 
     def _active(
         self,
@@ -85,21 +75,11 @@ class SearchSpace:
 
         `memo` keeps what is known of the places, for further labels under the same decisions.
         """
-        memo = {} if memo is None else memo
-        stack = list(self._places_of[label])
-        while stack:
-            index = stack[-1]
-            container, demands = self._conditions[index]
-            unknown = [i for i, _ in (*container, *(demands or ())) if i not in memo]
-            if unknown and index not in memo:
-                stack += unknown
-                continue
-            stack.pop()
-            needs = [_all((memo[i], _holds(literal, decided))) for i, literal in container]
-            if demands is not None:
-                needs.append(_any(_all((memo[i], _holds(lit, decided))) for i, lit in demands))
-            memo[index] = _all(needs)
-        return _any(memo[i] for i in self._places_of[label])
+        return self._activity.truth(
+            self._conditions(label),
+            lambda literal: literal_holds(literal, decided),
+            {} if memo is None else memo,
+        )
 
     def active(self, architecture: Mapping[str, Decision]) -> tuple[str, ...]:
         """The labels that are active in a complete `architecture`."""
@@ -225,7 +205,9 @@ class SearchSpace:
             literals = {lit for label in component for lit in self._literals[label]}
             key = (
                 component,
-                frozenset((lit, _holds(lit, decided)) for lit in literals if lit[0] in decided),
+                frozenset(
+                    (lit, literal_holds(lit, decided)) for lit in literals if lit[0] in decided
+                ),
             )
             if key not in self._counts:
                 self._counts[key] = self._count_component(component, sure, literals, decided)
@@ -249,7 +231,7 @@ class SearchSpace:
         relevant = [lit for lit in literals if lit[0] == first]
         groups: dict[tuple[bool | None, ...], list[Decision]] = {}
         for value in choice.values():
-            truth = tuple(_holds(lit, {first: value}) for lit in relevant)
+            truth = tuple(literal_holds(lit, {first: value}) for lit in relevant)
             groups.setdefault(truth, []).append(value)
         return sum(
             len(values) * self._count(rest, {**decided, first: values[0]})
@@ -276,28 +258,6 @@ class SearchSpace:
                     stack.extend(near[label])
             left -= component
             yield frozenset(component)
-
-
-def _any(values: Iterable[bool | None]) -> bool | None:
-    known = list(values)
-    return True if True in known else None if None in known else False
-
-
-def _all(values: Iterable[bool | None]) -> bool | None:
-    known = list(values)
-    return False if False in known else None if None in known else True
-
-
-def _holds(literal: Literal | None, decided: Mapping[str, Decision]) -> bool | None:
-    if literal is None:
-        return True
-    label, values = literal
-    if label not in decided:
-        return None
-    value = decided[label]
-    if isinstance(value, str):
-        return value in values
-    return any(i in values for i in value) or (not value and EMPTY in values)
 
 
 def search_space(model_or_net: nn.Module) -> SearchSpace:
@@ -338,7 +298,20 @@ def space_of(traced: TracedModel) -> SearchSpace:
             tuple(paths[label]),
             module.relaxed_only,
             edges.pop() if len(edges := {p.edges for p in places if p.label == label}) == 1 else (),
+            _zeros(traced, paths[label]),
+            next(p.sources for p in places if p.label == label),
         )
         for label, module in modules.items()
     ]
     return SearchSpace(choices, places)
+
+
+def _zeros(traced: TracedModel, paths: Sequence[str]) -> tuple[str, ...]:
+    """The candidates that give zeros at all places of a label."""
+    choices = [traced.get_submodule(path) for path in paths]
+    layers = [choice for choice in choices if isinstance(choice, LayerChoice)]
+    return tuple(
+        name
+        for name in (layers[0].candidates if layers else ())
+        if all(gives_zeros(choice._modules[name]) for choice in layers)
+    )

@@ -1,10 +1,9 @@
-"""`transform`: a model with choices becomes a supernet that a strategy searches."""
+"""The supernet: a model whose choices a strategy has rewritten, and the steps that train it."""
 
 from __future__ import annotations
 
-import copy as copying
-from collections.abc import Generator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -12,17 +11,15 @@ from torch import Tensor, fx, nn
 
 from nasfx.architecture import Architecture
 from nasfx.collapsing import OneHot, collapsed
-from nasfx.errors import SearchError, SpaceError
+from nasfx.costs.objectives import Objective
+from nasfx.errors import SearchError
 from nasfx.ops.arch_state import ArchState
-from nasfx.ops.stages import CHOICE
-from nasfx.passes import Canonicalize, InferShapes, RemoveDeadCode
-from nasfx.rewriting.graph import ModelGraph, carry_hooks, copy_graph_module, share_tree
-from nasfx.rewriting.passes import Pass, PassContext
-from nasfx.rewriting.pipeline import History, Pipeline
-from nasfx.space import SearchSpace, space_of
-from nasfx.strategies import Strategy, strategy_named
+from nasfx.rewriting.graph import ModelGraph, carry_hooks, share_tree
+from nasfx.rewriting.pipeline import History
+from nasfx.space import SearchSpace
+from nasfx.strategies import Strategy
 from nasfx.strategies.base import Evaluate
-from nasfx.tracing import TracedModel, as_tuple, refuse_names, set_modes, trace
+from nasfx.tracing import TracedModel, set_modes
 
 _CACHED_SUBNETS = 8
 
@@ -39,6 +36,7 @@ class Supernet(nn.Module):
         strategy: the strategy.
         traced: the traced model, with the reasons why modules are opaque.
         history: what every pass did.
+        objectives: what the architecture should cost.
     """
 
     space: SearchSpace
@@ -66,14 +64,22 @@ class Supernet(nn.Module):
         self.histories = dict(histories)
         self.strategy = strategy
         self.space = space
+        self.objectives: tuple[Objective, ...] = ()
         self._step = ""
         self._forced: list[Architecture] = []
         self.training = traced.training
         self._generate_code()
 
+    def set_objectives(self, objectives: Sequence[Objective], graph: ModelGraph) -> None:
+        """Declare what the architecture should cost, with the graph of the expected costs."""
+        self.objectives = tuple(objectives)
+        self.__dict__["_costs"] = {"graph": graph}
+        graph.generate_code()
+
     def _generate_code(self) -> None:
         # Now and not at the first call, which torch.compile may be tracing.
-        for gm in self.__dict__["_lowered"].values():
+        costs = self.__dict__.get("_costs", {})
+        for gm in (*self.__dict__["_lowered"].values(), *costs.values()):
             gm.generate_code()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -113,6 +119,11 @@ class Supernet(nn.Module):
         """The graph before lowering, in which choices are nodes; for "train" or "eval"."""
         graphs = self.__dict__["_choice_graphs"]
         return graphs.get(mode, graphs["train"])
+
+    @property
+    def cost_graph(self) -> fx.Graph:
+        """The graph that computes the expected costs; `print` it."""
+        return self.__dict__["_costs"]["graph"].graph
 
     def _of_mode(self, graphs: Mapping[str, ModelGraph]) -> ModelGraph:
         return graphs["train"] if self.training else graphs.get("eval", graphs["train"])
@@ -158,7 +169,9 @@ class Supernet(nn.Module):
             >>> # net.arch_optimizer(torch.optim.Adam, lr=1e-2)
         """
         parameters = self.arch_parameters() or [nn.Parameter(torch.zeros(0))]
-        return self.strategy.arch_optimizer(parameters, cls, **options)
+        optimizer = self.strategy.arch_optimizer(parameters, cls, **options)
+        self.strategy.hook(optimizer, self._arch, self.space)
+        return optimizer
 
     @property
     def in_step(self) -> bool:
@@ -185,45 +198,76 @@ class Supernet(nn.Module):
             yield
 
     @contextmanager
-    def arch_step(self) -> Generator[None, None, None]:
+    def arch_step(
+        self,
+        inner: Callable[[], Tensor] | None = None,
+        weight_optimizer: torch.optim.Optimizer | None = None,
+    ) -> Generator[None, None, None]:
         """A step of the architecture: draws a path where it samples, weights get no gradient.
 
+        Args:
+            inner: for unrolled DARTS: the loss on a training batch, called at several weights.
+            weight_optimizer: for unrolled DARTS: the weights' optimizer, whose step is unrolled;
+                neither it nor the weights have changed afterwards.
+
         Raises:
-            SearchError: steps are nested.
+            SearchError: steps are nested; `inner` is missing, or has no use.
 
         Example:
             >>> # with net.arch_step():
             >>> #     net.objective(loss(net(x), y)).backward()
             >>> # optimizer.step(); optimizer.zero_grad()
         """
-        with self._stepping("arch", self.weight_parameters()):
+        weights = self.weight_parameters()
+        modules = self, *self.__dict__["_lowered"].values()
+        around = self.strategy.around_arch_step(
+            weights, self.arch_parameters(), modules, inner, weight_optimizer
+        )
+        frozen = () if self.strategy.second_order else weights
+        with self._stepping("arch", frozen, around):
             yield
 
     @contextmanager
-    def _stepping(self, kind: str, frozen: Sequence[nn.Parameter]) -> Generator[None, None, None]:
+    def _stepping(
+        self,
+        kind: str,
+        frozen: Sequence[nn.Parameter],
+        around: AbstractContextManager[None] | None = None,
+    ) -> Generator[None, None, None]:
         if self._step:
             raise SearchError(
                 f"{_a_step(kind)} was opened inside {_a_step(self._step)}; close that one first"
             )
-        # Only ever off: a parameter that the user froze stays frozen.
-        switched = [p for p in frozen if p.requires_grad]
         self._step = kind
+        switched: list[nn.Parameter] = []
         try:
-            if self.strategy.samples:
-                self._arch.state.drawn = self.strategy.draw(self._arch, self.space)
+            self.strategy.begin_step(self._arch, self.space, kind)
+            alphas = self._arch.alpha_parameters()
+            withheld = self.strategy.withheld(self._arch, self.space) if kind == "arch" else ()
+            # Only ever off: a parameter that the user froze stays frozen.
+            switched += [
+                p for p in (*frozen, *(alphas[label] for label in withheld)) if p.requires_grad
+            ]
             for p in switched:
                 p.requires_grad_(False)
-            yield
+            with around or nullcontext():
+                yield
         finally:
             for p in switched:
                 p.requires_grad_(True)
+            self.strategy.end_step(self._arch)
             self._step = ""
 
-    def objective(self, loss: Tensor) -> Tensor:
+    def objective(self, loss: Tensor, reward: Tensor | float | None = None) -> Tensor:
         """What an arch step minimises; always something that `.backward()` can be called on.
+
+        It is the loss with the expected costs weighed in as the objectives say, or for strategies
+        that learn from rewards a surrogate whose gradient is the policy gradient.
 
         Args:
             loss: the task loss on a validation batch, 0-d.
+            reward: of the drawn path, higher is better, for strategies that learn from rewards; by
+                default minus the loss. Others do not read it.
 
         Raises:
             SearchError: outside of an arch step.
@@ -234,11 +278,34 @@ class Supernet(nn.Module):
                 f"objective() was called {where}; it is what an arch step minimises: "
                 "with net.arch_step(): net.objective(loss).backward()"
             )
+        if self.strategy.rewarded:
+            value = float(-loss.detach() if reward is None else reward)
+            value = self.scored(value, self.path)
+            return self.strategy.surrogate(self._arch, self.space, value)
+        costs = self.expected_cost()
+        for of in sorted(self.objectives, key=lambda o: o.adds):
+            loss = of.penalised(loss, costs[of.name])
         return loss if loss.requires_grad else loss.detach().requires_grad_()
 
+    def scored(self, metric: float, arch: Architecture) -> float:
+        """A metric of `arch`, higher is better, with what it costs weighed in by the objectives."""
+        for of in sorted(self.objectives, key=lambda o: o.adds):
+            metric = of.rewarded(metric, self.space.costs[of.name](arch))
+        return metric
+
     def expected_cost(self) -> dict[str, Tensor]:
-        """The expected cost for every objective by name; empty, since none is declared."""
-        return {}
+        """The expected cost for every objective by name, 0-d, in its unit, differentiable.
+
+        Under the probabilities of the strategy: in a step with the step's noise, outside of steps
+        without. Where paths are drawn by a controller (ENAS) it is the cost of the current path.
+        For DARTS it counts all edges of a node whose inputs are ranked by their edges: an upper
+        bound.
+        """
+        return self.__dict__["_costs"]["graph"]()
+
+    def end_epoch(self) -> None:
+        """Tell the strategy that an epoch with arch steps is over: it anneals its temperature."""
+        self.strategy.end_epoch(self._arch)
 
     # -- architectures -----------------------------------------------------------------------------
 
@@ -281,7 +348,7 @@ class Supernet(nn.Module):
         return self.strategy.derive(self._arch, self.space)
 
     def conclude(self, evaluate: Evaluate) -> Architecture:
-        """The architecture that a finished search returns.
+        """The architecture that a finished search returns; it keeps within the bounds.
 
         Args:
             evaluate: gives an architecture's validation metric under the shared weights; strategies
@@ -335,95 +402,3 @@ class Supernet(nn.Module):
 
 def _a_step(kind: str) -> str:
     return "an arch step" if kind == "arch" else "a weight step"
-
-
-def transform(
-    model: nn.Module,
-    strategy: str | Strategy,
-    *,
-    example_inputs: Any = None,
-    extra_passes: Sequence[Pass] = (),
-    verify: str = "fast",
-    seed: int = 0,
-    copy: bool = False,
-    leaf_modules: Sequence[type | str] = (),
-) -> Supernet:
-    """Rewrite every choice of `model` into what a search strategy needs.
-
-    Args:
-        model: a module with LayerChoice and InputChoice modules. It stays as it is, but for its
-            weights, which the supernet shares and trains.
-        strategy: "darts", "proxyless", "single-path", or an instance of a strategy.
-        example_inputs: a tensor or a tuple for `model.forward`; with them shapes are known, so
-            candidates that cannot be summed are refused here and not at the first step.
-        extra_passes: instances of passes of your own. Those of stage CHOICE rewrite the graph
-            that both the search and `finalize` start from; others run at the end of their stage.
-        verify: "fast" checks the graph between all passes, "off" does not.
-        seed: for the architecture parameters and the drawn paths.
-        copy: give the supernet weights of its own.
-        leaf_modules: module classes or paths to keep as one node each.
-
-    Raises:
-        TraceError: the model cannot be traced.
-        SpaceError: there is no choice, or the strategy has no rule for one.
-        SearchError: no such strategy.
-        PassError, VerifyError: a pass failed, or left a graph that breaks a rule.
-
-    Example:
-        >>> from nasfx import LayerChoice
-        >>> model = nn.Sequential(LayerChoice({"relu": nn.ReLU(), "tanh": nn.Tanh()}, label="act"))
-        >>> net = transform(model, "darts")
-        >>> print(net.graph)
-        %input_1 = placeholder[input]
-        %arch_act = get_attr[arch.act]
-        %gate_act = nasfx.ops.softmax_gate(%arch_act, label='act')
-        %_0_relu = call_module[0.relu](%input_1)
-        %_0_tanh = call_module[0.tanh](%input_1)
-        %_0 = nasfx.ops.mix(%gate_act, [%_0_relu, %_0_tanh], label='act')
-        return %_0
-    """
-    chosen = strategy_named(strategy)
-    if verify not in ("fast", "off"):
-        raise SearchError(f"verify={verify!r} must be 'fast' or 'off'")
-    if "arch" in dict(model.named_children()) or hasattr(model, "arch"):
-        raise SpaceError(
-            "the model has an attribute `arch`, the name of the architecture parameters"
-        )
-    refuse_names(model, Supernet)
-    inputs = None if example_inputs is None else as_tuple(example_inputs)
-    traced = trace(copying.deepcopy(model) if copy else model, inputs, leaf_modules=leaf_modules)
-    space = space_of(traced)
-    if not space.choices:
-        raise SpaceError(
-            f"{type(model).__name__} has no choice to search: mark one with nasfx.LayerChoice or "
-            "nasfx.InputChoice"
-        )
-    double = any(p.dtype == torch.float64 for p in model.parameters())
-    arch = chosen.arch_state(space, seed, torch.float64 if double else torch.float32)
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    arch.to(device)
-    # What the choices are searched in is what is shipped: the subnets are made of the choice graph
-    # with the user's own passes of that stage; the strategy's passes run on a copy.
-    own = [p for p in extra_passes if isinstance(p, Pass) and p.consumes == CHOICE]
-    others = [p for p in extra_passes if p not in own]
-    front = Pipeline((Canonicalize(), InferShapes())).with_passes(own)
-    lowering = Pipeline((*chosen.passes(space), RemoveDeadCode())).with_passes(others)
-    choice_graphs: dict[str, ModelGraph] = {}
-    lowered: dict[str, ModelGraph] = {}
-    histories: dict[str, History] = {}
-    several = len(traced.graph_modules) > 1
-    for mode, gm in traced.graph_modules.items():
-        ctx = PassContext(inputs, mode == "train")
-        check, dump = verify != "off", f"{mode}-" if several else ""
-        history = front.run(gm, ctx, verify_each=check, dump=dump)
-        choice_graphs[mode] = gm
-        working = copy_graph_module(gm)
-        working._modules["arch"] = arch
-        lowering.run(working, ctx, verify_each=check, dump=dump, history=history)
-        histories[mode], lowered[mode] = history, working
-    rewritten = {p.name for p in own}
-    changed = [r for h in histories.values() for r in h.records if r.changed]
-    traced.rewritten_by = tuple(
-        dict.fromkeys(r.name for r in changed if r.name.split("(")[0] in rewritten)
-    )
-    return Supernet(traced, chosen, space, choice_graphs, lowered, histories, arch)

@@ -3,12 +3,14 @@
 if __name__ != "nasfx.passes":
     raise ImportError("import nasfx.passes; the folder passes/ is installed under that name")
 
+from nasfx.passes.annotate_cost import AnnotateCost as AnnotateCost
 from nasfx.passes.canonicalize import Canonicalize as Canonicalize
 from nasfx.passes.collapse_choices import CollapseChoices as CollapseChoices
 from nasfx.passes.defer_producers import DeferProducers as DeferProducers
 from nasfx.passes.functionalize_inplace import FunctionalizeInplace as FunctionalizeInplace
 from nasfx.passes.infer_shapes import InferShapes as InferShapes
 from nasfx.passes.lower_binary_gate import LowerBinaryGate as LowerBinaryGate
+from nasfx.passes.lower_gumbel_sum import LowerGumbelSum as LowerGumbelSum
 from nasfx.passes.lower_sampled_path import LowerSampledPath as LowerSampledPath
 from nasfx.passes.lower_weighted_sum import LowerWeightedSum as LowerWeightedSum
 from nasfx.passes.remove_dead_code import RemoveDeadCode as RemoveDeadCode

@@ -12,7 +12,7 @@ from nasfx.choice import Choice, InputChoice, LayerChoice
 from nasfx.errors import SpaceError
 from nasfx.ops.binary import BinaryGate, InputBinaryGate
 from nasfx.ops.gates import binary_gate
-from nasfx.rewriting.editing import attribute, identifier
+from nasfx.rewriting.editing import attribute, gate_node, identifier
 from nasfx.rewriting.graph import Provenance, set_provenance
 
 
@@ -35,13 +35,22 @@ class LowerBinaryGate(LowerSampledPath):
     output that the gate could have multiplied.
 
     Source: ProxylessNAS (arXiv 1812.00332), equations 1 to 4.
+
+    Attributes:
+        mode: what arch steps compute. "full_v2": the gradient of every gate, the candidates off the
+            path running in backward, one after the other; "full": the same, these running in
+            forward; "two": only of the two that are drawn, which refuses input choices that choose
+            another number than one.
     """
+
+    mode: str = "full_v2"
 
     name: ClassVar[str] = "lower-binary-gate"
 
     def switch(self, choice: LayerChoice) -> BinaryGate:
         """The module that takes a LayerChoice's place."""
-        return BinaryGate(str(choice.label), choice.structure, choice.choosable)
+        label, eager = str(choice.label), self.mode == "full"
+        return BinaryGate(label, choice.structure, choice.choosable, eager)
 
     def input_switch(self, choice: InputChoice) -> InputBinaryGate:
         """The module that takes an InputChoice's place."""
@@ -52,6 +61,11 @@ class LowerBinaryGate(LowerSampledPath):
                 "left out has no place in the output, so its gate has no gradient. Use "
                 "reduction='sum' or 'mean', or a strategy that samples paths without gradients"
             )
+        if self.mode == "two" and choice.n_chosen != 1:
+            raise SpaceError(
+                f"{choice.described}: two paths are drawn where one is chosen, and here "
+                f"n_chosen={choice.n_chosen}. Use Proxyless(gate='full_v2')"
+            )
         return InputBinaryGate(str(choice.label), choice.reduction, choice.n_chosen)
 
     def gate(self, graph: fx.Graph, choice: Choice, drawn: fx.Node) -> fx.Node:
@@ -59,11 +73,12 @@ class LowerBinaryGate(LowerSampledPath):
         label = str(choice.label)
         names = choice.choosable if isinstance(choice, LayerChoice) else None
         alpha = attribute(graph, f"arch.{label}")
+        args: tuple[object, ...] = (alpha, drawn, names, choice.n_chosen)
+        if self.mode == "two":
+            pair = graph.create_node(
+                "call_module", "arch", (label, "pair"), name=f"pair_{identifier(label)}"
+            )
+            set_provenance(pair, Provenance(label=label))
+            args = *args, pair
         set_provenance(alpha, Provenance(label=label))
-        return graph.create_node(
-            "call_function",
-            binary_gate,
-            (alpha, drawn, names, choice.n_chosen),
-            {"label": label},
-            name=f"gate_{identifier(label)}",
-        )
+        return gate_node(graph, binary_gate, args[0], label, *args[1:])  # type: ignore[arg-type]

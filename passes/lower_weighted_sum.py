@@ -16,7 +16,7 @@ from nasfx.ops.stages import CHOICE, SUPERNET
 from nasfx.rewriting.editing import (
     attribute,
     compute,
-    identifier,
+    gate_node,
     inline,
     is_identity,
     replace,
@@ -90,19 +90,20 @@ class LowerWeightedSum(Pass):
             set_module(gm, path, shell)
         return changed
 
+    def gate(self, graph: fx.Graph, label: str, function: Any, *args: Any) -> fx.Node:
+        """The weights of a label, made at the insertion point; a pass with others replaces it."""
+        return gate_node(graph, function, attribute(graph, f"arch.{label}"), label, *args)
+
     def _gate(
         self, gm: fx.GraphModule, label: str, gates: dict[str, fx.Node], function: Any, *args: Any
     ) -> fx.Node:
         if label not in gates:
             last = list(gates.values())[-1] if gates else gm.graph.find_nodes(op="placeholder")[-1]
             with gm.graph.inserting_before(last.next):
-                alpha = attribute(gm.graph, f"arch.{label}")
-                gate = gm.graph.create_node(
-                    "call_function", function, (alpha, *args), {"label": label},
-                    name=f"gate_{identifier(label)}",
-                )  # fmt: skip
-            for node in (alpha, gate):
-                set_provenance(node, Provenance(label=label))
+                gate = self.gate(gm.graph, label, function, *args)
+            node = last
+            while node is not gate:
+                node = set_provenance(node.next, Provenance(label=label))
             gates[label] = gate
         return gates[label]
 

@@ -149,7 +149,7 @@ class Inputs(nn.Module):
 
 
 class DartsCell(nn.Module):
-    """The cell of design.md section 3: every cell has the same labels."""
+    """The cell of DARTS: every cell has the same labels."""
 
     def __init__(self, n_nodes: int, ops: Callable[[], dict[str, nn.Module]], label: str) -> None:
         super().__init__()

@@ -180,4 +180,4 @@ def test_examples_in_docstrings_run(
 
 def test_there_are_examples_to_run() -> None:
     assert len(_with_examples()) >= 5
-    assert "nasfx.supernet" in _with_examples()
+    assert "nasfx.transforming" in _with_examples()

@@ -5,9 +5,9 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Generator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, fx, nn
@@ -71,13 +71,7 @@ def count(module: nn.Module, example_inputs: Tensor | tuple[Any, ...]) -> Count:
         raise NasfxError(
             f"example_inputs is a tensor or a tuple of what forward takes, not a {kind}"
         )
-    tensors = [x for x in tree_leaves(inputs) if isinstance(x, Tensor)]
-    batch = tensors[0].shape[0] if tensors and tensors[0].dim() else 0
-    if not batch:
-        raise NasfxError(
-            f"example_inputs {_describe(inputs)} has no batch: its first tensor needs a first "
-            "dimension of one or more"
-        )
+    batch = batch_size(inputs)
     name = type(module).__name__
     try:
         inputs = tree_map(lambda x: x.detach().clone() if isinstance(x, Tensor) else x, inputs)
@@ -87,15 +81,41 @@ def count(module: nn.Module, example_inputs: Tensor | tuple[Any, ...]) -> Count:
             f"{name} does not run on example_inputs {_describe(inputs)}: "
             f"{type(error).__name__}: {error}"
         ) from error
+    params = sum(p.numel() for p in module.parameters())
+    return per_sample(name, batch, flops, params, moved)
+
+
+def batch_size(inputs: tuple[Any, ...]) -> int:
+    """The first dimension of the first tensor.
+
+    Raises:
+        NasfxError: there is none.
+    """
+    tensors = [x for x in tree_leaves(inputs) if isinstance(x, Tensor)]
+    batch = tensors[0].shape[0] if tensors and tensors[0].dim() else 0
+    if not batch:
+        raise NasfxError(
+            f"example_inputs {_describe(inputs)} has no batch: its first tensor needs a first "
+            "dimension of one or more"
+        )
+    return batch
+
+
+def per_sample(what: str, batch: int, flops: int, params: int, moved: int) -> Count:
+    """The count for one sample of a batch, from what torch's counter and the outputs say.
+
+    Raises:
+        NasfxError: there is no whole number per sample.
+    """
     # A MAC is a multiplication and an addition; torch counts both.
     macs, odd = divmod(flops, 2 * batch)
     sample_bytes, rest = divmod(moved, batch)
     if odd or rest:
         raise NasfxError(
-            f"{name} computes something once per batch of {batch}, so there is no whole number per "
+            f"{what} computes something once per batch of {batch}, so there is no whole number per "
             "sample: give example_inputs of batch size one"
         )
-    return Count(macs, sum(p.numel() for p in module.parameters()), sample_bytes)
+    return Count(macs, params, sample_bytes)
 
 
 def _describe(inputs: tuple[Any, ...]) -> str:
@@ -110,8 +130,7 @@ def _describe(inputs: tuple[Any, ...]) -> str:
 
 def _run(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[int, int]:
     """FLOPs and bytes of all leaf outputs of one forward."""
-    counter = FlopCounterMode(display=False, custom_mapping=_FORMULAS)
-    with torch.random.fork_rng(devices=[]), torch.no_grad(), _unfused(), counter:
+    with torch.random.fork_rng(devices=[]), torch.no_grad(), FlopCounter() as counter:
         if isinstance(module, fx.GraphModule):
             moved = _CountingInterpreter(module)
             moved.run(*inputs)
@@ -119,7 +138,7 @@ def _run(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[int, int]:
         sizes: list[int] = []
         for leaf in module.modules():
             if not any(True for _ in leaf.children()):
-                leaf.register_forward_hook(lambda _, __, output: sizes.append(_bytes(output)))
+                leaf.register_forward_hook(lambda _, __, out: sizes.append(size_in_bytes(out)))
         module(*inputs)
         return counter.get_total_flops(), sum(sizes)
 
@@ -130,11 +149,12 @@ class _CountingInterpreter(fx.Interpreter):
     def run_node(self, n: fx.Node) -> Any:
         result = super().run_node(n)
         if n.op.startswith("call_") and isinstance(result, Tensor):
-            self.bytes += _bytes(result)
+            self.bytes += size_in_bytes(result)
         return result
 
 
-def _bytes(output: Any) -> int:
+def size_in_bytes(output: Any) -> int:
+    """The size of all tensors in `output`."""
     tensors = (x for x in tree_leaves(output) if isinstance(x, Tensor))
     return sum(x.numel() * x.element_size() for x in tensors)
 
@@ -175,3 +195,20 @@ _FORMULAS = {
     torch.ops.aten.mkldnn_rnn_layer: _lstm_flops,
     torch.ops.aten._trilinear: _bilinear_flops,
 }
+
+
+class FlopCounter(FlopCounterMode):
+    """torch's counter, with formulas for what it would leave out; a MAC is two to it."""
+
+    def __init__(self) -> None:
+        super().__init__(display=False, custom_mapping=_FORMULAS)
+        self._slow = ExitStack()
+
+    def __enter__(self) -> Self:
+        self._slow.enter_context(_unfused())
+        super().__enter__()
+        return self
+
+    def __exit__(self, *args: Any) -> None:
+        super().__exit__(*args)
+        self._slow.close()

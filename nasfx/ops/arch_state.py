@@ -114,9 +114,12 @@ class ArchState(nn.Module):
         for label, alpha in alphas.items():
             self.register_parameter(label, nn.Parameter(alpha))
 
-    def forward(self, label: str) -> Decision:
-        """The decision that is drawn for `label`."""
-        return self.state.drawn[label]
+    def forward(self, label: str, what: str = "decision") -> Any:
+        """The decision that is drawn for `label`; or what else the step has drawn, by its name."""
+        return self.state.drawn[label] if what == "decision" else self._fresh(label, what)
+
+    def _fresh(self, label: str, what: str) -> Any:
+        return self.state.fresh.get(what, {}).get(label)
 
     def alpha_parameters(self) -> dict[str, nn.Parameter]:
         """The architecture parameters by label."""

@@ -35,11 +35,12 @@ class _GateGradient(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, weights: Tensor, output_k: Others, label: str, n_inputs: int, *tensors: Tensor
-    ) -> tuple[Tensor, ...]:
+        ctx: Any, weights: Tensor, wanted: tuple[int, ...], output_k: Others, label: str,
+        n_inputs: int, *tensors: Tensor,
+    ) -> tuple[Tensor, ...]:  # fmt: skip
         inputs, outputs = tensors[:n_inputs], tensors[n_inputs:]
         ctx.output_k, ctx.label, ctx.n_inputs, ctx.dtype = output_k, label, n_inputs, weights.dtype
-        ctx.n_gates = len(weights)
+        ctx.n_gates, ctx.wanted = len(weights), wanted
         device = outputs[0].device.type
         known = torch.amp.is_autocast_available(device)
         enabled = known and torch.is_autocast_enabled(device)
@@ -54,9 +55,9 @@ class _GateGradient(torch.autograd.Function):
         saved = ctx.saved_tensors
         inputs, outputs = list(saved[: ctx.n_inputs]), saved[ctx.n_inputs :]
         device, dtype, enabled = ctx.autocast
-        b = []
+        b = torch.zeros(ctx.n_gates, dtype=ctx.dtype, device=grads[0].device)
         with torch.no_grad(), torch.autocast(device, dtype=dtype, enabled=enabled):
-            for k in range(ctx.n_gates):
+            for k in ctx.wanted:
                 value = ctx.output_k(k, inputs)
                 candidate = outputs if value is None else pytree.tree_leaves(value)
                 tensors = [v for v in candidate if isinstance(v, Tensor)]
@@ -64,8 +65,8 @@ class _GateGradient(torch.autograd.Function):
                     shapes = [g.shape for g in grads[:1]] + [t.shape for t in tensors[:1]]
                     raise SearchError(unlike_shapes(ctx.label, shapes, k))
                 pairs = zip(tensors, grads, strict=True)
-                b.append(sum((o.to(ctx.dtype) * g.to(ctx.dtype)).sum() for o, g in pairs))
-        return (torch.stack(b), None, None, None, *(None,) * ctx.n_inputs, *grads)
+                b[k] = sum((o.to(ctx.dtype) * g.to(ctx.dtype)).sum() for o, g in pairs)
+        return (b, None, None, None, None, *(None,) * ctx.n_inputs, *grads)
 
 
 def with_gate_gradient(
@@ -83,7 +84,9 @@ def with_gate_gradient(
     leaves, spec = pytree.tree_flatten(output)
     where = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
     tensors = [leaves[i] for i in where]
-    passed = _GateGradient.apply(gate.weights, output_k, label, len(inputs), *inputs, *tensors)
+    wanted = tuple(range(len(gate.weights))) if gate.wanted is None else gate.wanted
+    given = gate.weights, wanted, output_k, label, len(inputs)
+    passed = _GateGradient.apply(*given, *inputs, *tensors)
     for i, tensor in zip(where, passed, strict=True):
         leaves[i] = tensor
     return pytree.tree_unflatten(leaves, spec)
@@ -94,13 +97,24 @@ def _wants_gradient(gate: Gate) -> bool:
 
 
 class BinaryGate(Switch):
-    """A LayerChoice under ProxylessNAS (`full_v2`): one path runs, every gate gets a gradient.
+    """A LayerChoice under ProxylessNAS: one path is trained, the wanted gates get a gradient.
 
-    While the gate's weights need no gradient (a weight step, evaluation) it is a plain switch. In
-    backward the inactive candidates run without a graph and leave their buffers as they are.
+    While the gate's weights need no gradient (a weight step, evaluation) it is a plain switch. The
+    inactive candidates run without a graph and leave their buffers as they are: in backward, one
+    after the other, or with `eager` in forward, which keeps all their outputs.
 
     Source: ProxylessNAS (arXiv 1812.00332), section 3.2; dL/dg_k = sum(o_k * dL/do).
     """
+
+    def __init__(
+        self,
+        label: str,
+        structure: tuple[Any, ...] | None,
+        names: tuple[str, ...],
+        eager: bool = False,
+    ) -> None:
+        super().__init__(label, structure, names)
+        self.eager = eager
 
     def forward(self, drawn: Gate, args: Any, kwargs: Any, gates: Mapping[str, Any]) -> Any:
         """Run the drawn candidate."""
@@ -132,7 +146,11 @@ class BinaryGate(Switch):
                 return self.run(names[k], again_args, again_kwargs, inner)
 
         tensors = [leaves[i] for i in where]
-        return with_gate_gradient(drawn, output, output_k, self.label, tensors)
+        if not self.eager:
+            return with_gate_gradient(drawn, output, output_k, self.label, tensors)
+        with torch.no_grad():
+            outputs = [output_k(k, tensors) for k in range(len(names))]
+        return with_gate_gradient(drawn, output, lambda k, _: outputs[k], self.label, ())
 
 
 class InputBinaryGate(InputSwitch):

@@ -80,6 +80,14 @@ def attribute(graph: fx.Graph, target: str) -> fx.Node:
     return graph.create_node("get_attr", target, name=identifier(target))
 
 
+def gate_node(graph: fx.Graph, function: Any, value: fx.Node, label: str, *args: Any) -> fx.Node:
+    """A call of a gate function at the insertion point."""
+    return graph.create_node(
+        "call_function", function, (value, *args), {"label": label},
+        name=f"gate_{identifier(label)}",
+    )  # fmt: skip
+
+
 def compute(
     node: fx.Node, function: Callable[[list[fx.Proxy]], Any], inputs: Sequence[fx.Node]
 ) -> Any:

@@ -133,3 +133,34 @@ def inputs_read(graph: fx.Graph) -> list[bool]:
 def _module(node: fx.Node) -> nn.Module | None:
     owner = node.graph.owning_module
     return None if owner is None else owner.get_submodule(str(node.target))
+
+
+_PASS_ZEROS = _VIEWS | {"add", "cat", "clone", "mean", "neg", "stack", "sum", "sub"}
+_MAKE_ZEROS = {"zeros_like", "new_zeros", "zeros", "zero_"}
+
+
+def gives_zeros(module: nn.Module | None) -> bool:
+    """Whether a graph module returns zeros whatever it is given, by its structure.
+
+    Recognises a product with the number 0, functions that make zeros, and views, sums and
+    concatenations of these. A module without a graph is not looked into.
+    """
+    if not isinstance(module, fx.GraphModule):
+        return False
+    zeros: set[fx.Node] = set()
+    for node in module.graph.nodes:
+        name = str(getattr(node.target, "__name__", node.target))
+        inputs = node.all_input_nodes
+        if node.op in ("call_function", "call_method"):
+            if name in ("mul", "imul", "mul_"):
+                product = any(
+                    a in zeros or (isinstance(a, int | float) and a == 0) for a in node.args
+                )
+            else:
+                passed = name in _PASS_ZEROS and bool(inputs) and zeros.issuperset(inputs)
+                product = name in _MAKE_ZEROS or passed
+            if product:
+                zeros.add(node)
+        elif node.op == "output":
+            return zeros.issuperset(inputs) and bool(inputs)
+    return False

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import cycle, islice
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from nasfx.searching.evaluation import (
     progress_bar,
 )
 from nasfx.searching.nonfinite import nonfinite_error
+from nasfx.searching.recalibration import Judge, Recalibration
 from nasfx.searching.result import SearchResult
 from nasfx.subnet import kept_modes
 from nasfx.supernet import Supernet
@@ -46,11 +48,17 @@ def search(
     fabric: Fabric | None = None,
     console: Console | None = None,
 ) -> SearchResult:
-    """Search: for every training batch an arch step on a validation batch, then a weight step.
+    """Search: weight steps on training batches, arch steps on validation batches.
 
-    Strategies without architecture parameters take weight steps only. Every epoch ends with the
+    The strategy says when: before every weight step (DARTS, ProxylessNAS), in a phase of their own
+    after those of the epoch (FBNet, ENAS), or never, where nothing is learned about the
+    architecture while training. Strategies that learn from rewards are given the metric of the
+    batch, or minus the loss where there is no metric. Unrolled DARTS is given the training batch
+    that follows. Every epoch ends with the
     metric, in eval mode on the validation data, of the architecture found so far (of a drawn one
-    where nothing is learned); the search ends as the strategy concludes.
+    where nothing is learned); the search ends as the strategy concludes, with objectives weighed in
+    and bounds kept. Where it evaluates several architectures then, batch-norm statistics are
+    averaged anew for each if the strategy says so, and the net keeps those of the best.
 
     Args:
         net: what `transform` made. It is moved to the fabric's device and trained.
@@ -118,6 +126,7 @@ class _Run:
         both: Any = fabric.setup_optimizers(weights, arch)
         self.weights, self.arch = both
         self.learns = bool(net.arch_parameters())
+        self.schedule = net.strategy.schedule
 
     def _loader(self, data: Any) -> Any:
         return self.fabric.setup_dataloaders(data) if isinstance(data, DataLoader) else data
@@ -138,11 +147,32 @@ class _Run:
     def _checked(self, value: Any, inputs: tuple[Any, ...], what: str) -> float:
         return checked(self.net, value, inputs, what, self.position)
 
-    def _arch_step(self, inputs: tuple[Any, ...], target: Any) -> float:
-        with self.net.arch_step():
-            value = self.loss(self._outputs(inputs), target)
+    def _arch_step(self, valid: Iterator[Batch], following: Batch | None) -> float:
+        """An optimizer step of the architecture, over as many draws as the strategy wants.
+
+        `following` is the batch of the next weight step, where there is one.
+        """
+        losses: list[float] = []
+        batch: Batch | None = None
+        for _ in range(self.schedule.draws):
+            if batch is None or not self.schedule.same_batch:
+                batch = next(valid)
+            losses.append(self._arch_gradient(*batch, following))
+        self.arch.step()
+        self.arch.zero_grad()
+        return sum(losses) / len(losses)
+
+    def _arch_gradient(
+        self, inputs: tuple[Any, ...], target: Any, following: Batch | None
+    ) -> float:
+        with self.net.arch_step(**self._unrolled(following)):
+            outputs = self._outputs(inputs)
+            value = self.loss(outputs, target)
             number = self._checked(value, inputs, "the validation loss")
-            self.fabric.backward(self.net.objective(value))
+            reward = None
+            if self.net.strategy.rewarded and self.metric is not None:
+                reward = self.metric(outputs, target)
+            self.fabric.backward(self.net.objective(value, reward))
         for p in self.net.arch_parameters():
             if p.grad is not None and not bool(torch.isfinite(p.grad).all()):
                 raise nonfinite_error(
@@ -150,9 +180,16 @@ class _Run:
                     inputs,
                     f"the architecture's gradient became not finite {self.position}",
                 )
-        self.arch.step()
-        self.arch.zero_grad()
         return number
+
+    def _unrolled(self, following: Batch | None) -> dict[str, Any]:
+        """What a second-order arch step is given."""
+        if not self.net.strategy.second_order:
+            return {}
+        assert following is not None
+        inputs, target = following
+        inner = lambda: self.loss(self._outputs(inputs), target)  # noqa: E731
+        return {"inner": inner, "weight_optimizer": self.weights.optimizer}
 
     def _weight_step(self, inputs: tuple[Any, ...], target: Any) -> float:
         with self.net.weight_step():
@@ -166,11 +203,20 @@ class _Run:
         self.weights.zero_grad()
         return number
 
+    @property
+    def _metric(self) -> Metric:
+        return self.metric or (lambda outputs, target: -self.loss(outputs, target))
+
     def evaluate(self, arch: Architecture) -> float:
         """The metric of one architecture over the validation data, in eval mode."""
         data = self._batches(self.valid, "valid")
-        metric = self.metric or (lambda outputs, target: -self.loss(outputs, target))
-        return evaluate(self.net, arch, data, metric, when=self.position, run=self._outputs)
+        return evaluate(self.net, arch, data, self._metric, when=self.position, run=self._outputs)
+
+    def _judge(self) -> Judge:
+        """Evaluates the architectures among which the strategy chooses at the end."""
+        n = self.net.strategy.recalibrate
+        recalibration = Recalibration(self.train, n, one_pass=True) if n else None
+        return Judge(self.net, self.valid, self._metric, recalibration, 0, self._outputs)
 
     # -- the loop ----------------------------------------------------------------------------------
 
@@ -187,16 +233,18 @@ class _Run:
             for epoch in range(self.epochs):
                 records.append(self._epoch(epoch, valid, progress, task, records))
         self.position = "after the last epoch"
-        scores: dict[Architecture, float] = {}
+        judge = self._judge()
+        metrics: dict[Architecture, float] = {}
 
         def scored(arch: Architecture) -> float:
-            scores[arch] = self.evaluate(arch)
-            return scores[arch]
+            metrics[arch] = judge.evaluate(arch, f"{self.position}, for {dict(arch)}")
+            return self.net.scored(metrics[arch], arch)
 
         best = self.net.conclude(scored)
-        if best not in scores:
+        if best not in metrics:
             scored(best)
-        return SearchResult(best, tuple(records), scores[best])
+        judge.adopt(best)
+        return SearchResult(best, tuple(records), metrics[best], metrics)
 
     def _epoch(
         self, epoch: int, valid: Any, progress: Progress, task: Any, records: list[dict[str, Any]]
@@ -204,18 +252,23 @@ class _Run:
         start = time.perf_counter()
         self.net.train()
         searching = self.learns and epoch >= self.warm
+        every = self.schedule.every if searching else 0
         train_losses: list[float] = []
         arch_losses: list[float] = []
-        for i, (inputs, target) in enumerate(self._batches(self.train, "train")):
+        for i, batch in enumerate(self._batches(self.train, "train")):
             self.position = f"in epoch {epoch}, batch {i}"
-            if searching:
-                arch_losses.append(self._arch_step(*next(valid)))
-            train_losses.append(self._weight_step(inputs, target))
+            if every and i % every == 0:
+                arch_losses.append(self._arch_step(valid, batch))
+            train_losses.append(self._weight_step(*batch))
             metric = f" metric {records[-1]['metric']:.4f}" if records else ""
             figures = (
                 f"epoch {epoch} loss {train_losses[-1]:.4f}{metric} entropy {self._entropy():.3f}"
             )
             progress.update(task, advance=1, figures=figures)
+        if searching:
+            if not every:
+                arch_losses += self._phase(epoch, valid)
+            self.net.end_epoch()
         lr = self.weights.param_groups[0]["lr"]
         if self.scheduler is not None:
             self.scheduler.step()
@@ -229,6 +282,23 @@ class _Run:
             "lr": lr,
             "seconds": time.perf_counter() - start,
         }
+
+    def _phase(self, epoch: int, valid: Iterator[Batch]) -> list[float]:
+        """The arch steps that follow the weight steps of an epoch."""
+        losses: list[float] = []
+        if (steps := self.schedule.steps) is not None:
+            for i in range(steps):
+                self.position = f"in epoch {epoch}, arch step {i}"
+                losses.append(self._arch_step(valid, None))
+            return losses
+        one_pass = self._batches(self.valid, "valid")
+        while True:
+            self.position = f"in epoch {epoch}, arch step {len(losses)}"
+            # The last step of the pass goes round what is left of it.
+            left = list(islice(one_pass, 1 if self.schedule.same_batch else self.schedule.draws))
+            if not left:
+                return losses
+            losses.append(self._arch_step(cycle(left), None))
 
     def _entropy(self) -> float:
         """The mean over the choices of the entropy of their decisions, in nats."""

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -31,11 +31,13 @@ class SearchResult:
             far), "mean" (of this generation's metrics), "evaluated" (how many architectures this
             generation has), "seconds".
         best_metric: the metric of `architecture` on the validation data, under the shared weights.
+        evaluated: the metric of every architecture among which it was chosen, in order.
     """
 
     architecture: Architecture
     records: tuple[dict[str, Any], ...]
     best_metric: float
+    evaluated: Mapping[Architecture, float] = field(default_factory=dict[Architecture, float])
 
     def table(self) -> Table:
         """The records as a rich table."""

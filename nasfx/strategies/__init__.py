@@ -5,10 +5,15 @@ import difflib
 from nasfx.errors import SearchError
 from nasfx.strategies.base import Strategy as Strategy
 from nasfx.strategies.darts import Darts as Darts
+from nasfx.strategies.enas import Enas as Enas
+from nasfx.strategies.fbnet import FBNet as FBNet
 from nasfx.strategies.proxyless import Proxyless as Proxyless
+from nasfx.strategies.random_search import RandomSearch as RandomSearch
 from nasfx.strategies.single_path import SinglePath as SinglePath
 
-STRATEGIES: dict[str, type[Strategy]] = {s.name: s for s in (Darts, Proxyless, SinglePath)}
+STRATEGIES: dict[str, type[Strategy]] = {
+    s.name: s for s in (Darts, FBNet, Proxyless, Enas, SinglePath, RandomSearch)
+}
 
 
 def strategy_named(strategy: str | Strategy) -> Strategy:

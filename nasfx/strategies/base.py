@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -12,11 +13,21 @@ from torch import Tensor, fx, nn
 
 from nasfx.architecture import Architecture, SpaceChoice
 from nasfx.choice import Decision
+from nasfx.costs.graph import Chance
 from nasfx.errors import SearchError
 from nasfx.ops.arch_state import ArchState
-from nasfx.ops.gates import inclusion_probabilities
+from nasfx.ops.gates import (
+    draw_subset,
+    inclusion_gate,
+    inclusion_probabilities,
+    log_probability,
+    log_subsets,
+    softmax_gate,
+)
+from nasfx.rewriting.editing import attribute, gate_node
 from nasfx.rewriting.passes import Pass
 from nasfx.space import SearchSpace
+from nasfx.strategies.bounded import Score, best_within_bounds
 
 Evaluate = Callable[[Architecture], float]
 """The validation score of one architecture under the shared weights; higher is better."""
@@ -49,12 +60,20 @@ class Strategy(ABC):
     Class attributes:
         name: in kebab-case, as `transform` takes it.
         samples: whether every step draws a path.
+        recalibrate: over how many training batches, at most one pass, `nasfx.search` averages the
+            batch norms' statistics anew for every architecture that it evaluates at the end; 0 for
+            none.
         rewarded: whether the architecture is learned from the rewards of drawn paths, through
             `surrogate`, and not from the gradient of the loss.
     """
 
     name: ClassVar[str]
     samples: ClassVar[bool]
+
+    @property
+    def recalibrate(self) -> int:
+        """See the class attributes."""
+        return 0
 
     # -- what stands in the graph ------------------------------------------------------------------
 
@@ -78,7 +97,7 @@ class Strategy(ABC):
             for choice in space.choices
             if (candidates := self.candidates(choice))
         }
-        names = {choice.label: choosable(choice) for choice in space.choices}
+        names = {choice.label: choice.choosable for choice in space.choices}
         counts = {choice.label: choice.n_chosen for choice in space.choices}
         arch = ArchState(alphas, names, seed, counts)
         arch.state.generator.set_state(generator.get_state())
@@ -88,6 +107,24 @@ class Strategy(ABC):
                 for choice in space.choices
             }
         return arch
+
+    def chance(self, graph: fx.Graph, choice: SpaceChoice) -> Chance | None:
+        """The node that holds the probabilities of `choice` in the graph of the expected cost.
+
+        None counts all its inputs as chosen.
+        """
+        names = self.candidates(choice)
+        logits = self.logits(graph, choice.label)
+        if choice.kind == "layer":
+            return Chance(gate_node(graph, softmax_gate, logits, choice.label), names)
+        if choice.n_chosen in (None, 1):
+            gate = gate_node(graph, inclusion_gate, logits, choice.label, choice.n_chosen)
+            return Chance(gate, names if choice.n_chosen == 1 else None)
+        return Chance(logits, choice.n_chosen)
+
+    def logits(self, graph: fx.Graph, label: str) -> fx.Node:
+        """The node of the parameters that the gates of `label` are made of."""
+        return attribute(graph, f"arch.{label}")
 
     # -- steps -------------------------------------------------------------------------------------
 
@@ -110,7 +147,7 @@ class Strategy(ABC):
         if self.samples:
             arch.state.drawn = self.draw(arch, space)
 
-    def end_step(self, arch: ArchState) -> None:
+    def end_step(self, arch: ArchState) -> None:  # noqa: B027  # most have nothing to do
         """On exit of a step, also after an error: forget the step's noise."""
 
     def withheld(self, arch: ArchState, space: SearchSpace) -> Collection[str]:
@@ -121,7 +158,28 @@ class Strategy(ABC):
         """For rewarded strategies: what an arch step minimises; it touches no weight."""
         raise NotImplementedError
 
-    def end_epoch(self, arch: ArchState) -> None:
+    @property
+    def second_order(self) -> bool:
+        """Whether arch steps also need the weights' next step."""
+        return False
+
+    def around_arch_step(
+        self,
+        weights: Sequence[nn.Parameter],
+        alphas: Sequence[nn.Parameter],
+        modules: Sequence[nn.Module],
+        inner: Callable[[], Tensor] | None,
+        weight_optimizer: torch.optim.Optimizer | None,
+    ) -> AbstractContextManager[None]:
+        """What an arch step runs in; see `Supernet.arch_step` for the arguments."""
+        if inner is not None or weight_optimizer is not None:
+            raise SearchError(
+                f"arch_step: {self.name} is of first order and takes neither inner nor "
+                "weight_optimizer; they belong to Darts(unrolled=...)"
+            )
+        return nullcontext()
+
+    def end_epoch(self, arch: ArchState) -> None:  # noqa: B027
         """After an epoch with arch steps: anneal what is annealed."""
 
     def arch_optimizer(
@@ -133,7 +191,9 @@ class Strategy(ABC):
         """The optimizer of the architecture parameters: the paper's, or `cls` with `options`."""
         return (cls or torch.optim.Adam)(parameters, **options)
 
-    def hook(self, optimizer: torch.optim.Optimizer, arch: ArchState, space: SearchSpace) -> None:
+    def hook(  # noqa: B027
+        self, optimizer: torch.optim.Optimizer, arch: ArchState, space: SearchSpace
+    ) -> None:
         """Hang the strategy's own corrections on the steps of an optimizer of its parameters."""
 
     # -- what has been found -----------------------------------------------------------------------
@@ -160,11 +220,6 @@ class Strategy(ABC):
         return self.derive(arch, space)
 
 
-def choosable(choice: SpaceChoice) -> tuple[Any, ...]:
-    """The candidates that may be chosen."""
-    return tuple(name for name in choice.candidates if name not in choice.relaxed_only)
-
-
 def choice_probabilities(choice: SpaceChoice, alpha: Tensor) -> Tensor:
     """The probabilities that `alpha` stands for."""
     if choice.kind == "layer":
@@ -177,7 +232,7 @@ def most_probable(choice: SpaceChoice, alpha: Tensor | None) -> Decision:
 
     `alpha` belongs to all candidates, or to the choosable ones; None stands for equal ones.
     """
-    names = choosable(choice)
+    names = choice.choosable
     n = len(names)
     values = [0.0] * n if alpha is None else alpha.detach().tolist()
     if choice.kind == "layer":
@@ -197,3 +252,43 @@ def derive_most_probable(arch: ArchState, space: SearchSpace) -> dict[str, Decis
         for choice in space.choices
         if choice.label in alphas
     }
+
+
+def draw_decision(choice: SpaceChoice, alpha: Tensor, generator: torch.Generator) -> Decision:
+    """One decision, drawn from the probabilities that `alpha` stands for."""
+    values = alpha.detach().to("cpu", torch.float64)
+    if choice.kind == "input":
+        return draw_subset(values, choice.n_chosen, generator)
+    index = int(torch.multinomial(torch.softmax(values, -1), 1, generator=generator))
+    return choice.choosable[index]
+
+
+def best_fitting(arch: ArchState, space: SearchSpace, derived: Architecture) -> Architecture:
+    """`derived` if it keeps within the bounds of the space, else the most probable that does.
+
+    Raises:
+        SearchError: none does.
+    """
+    if space.fits(derived):
+        return derived
+    alphas = arch.alpha_parameters()
+    scores = {
+        choice.label: _score(choice, alphas[choice.label].detach().double())
+        for choice in space.choices
+        if choice.label in alphas
+    }
+    return best_within_bounds(space, scores)
+
+
+def _score(choice: SpaceChoice, alpha: Tensor) -> Score:
+    """The logarithm of a decision's probability as a sum over what is chosen."""
+    if choice.kind == "layer":
+        names = choice.candidates if len(alpha) > len(choice.choosable) else choice.choosable
+        log_p = torch.log_softmax(alpha, -1).tolist()
+        values = {n: p for n, p in zip(names, log_p, strict=True) if n in choice.choosable}
+        return Score(values)
+    none: Decision = ()
+    values = dict(enumerate(alpha.tolist()))
+    if choice.n_chosen is None:
+        return Score(values, float(log_probability(alpha, none, None, None)))
+    return Score(values, -float(log_subsets(list(alpha.unbind(0)), choice.n_chosen)))

@@ -1,7 +1,8 @@
-"""ProxylessNAS: one sampled path in memory, a gradient for every gate."""
+"""ProxylessNAS: one sampled path in memory, a gradient for every gate, or a policy gradient."""
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -10,37 +11,112 @@ from torch import Tensor, nn
 
 from nasfx.architecture import Architecture, SpaceChoice
 from nasfx.choice import Decision
+from nasfx.errors import SearchError
 from nasfx.ops.arch_state import ArchState
-from nasfx.ops.gates import draw_subset
-from nasfx.passes import DeferProducers, FunctionalizeInplace, LowerBinaryGate
+from nasfx.ops.gates import log_probability
+from nasfx.passes import DeferProducers, FunctionalizeInplace, LowerBinaryGate, LowerSampledPath
 from nasfx.rewriting.passes import Pass
 from nasfx.space import SearchSpace
-from nasfx.strategies.base import Strategy, choosable, derive_most_probable
+from nasfx.strategies.base import (
+    Schedule,
+    Strategy,
+    best_fitting,
+    derive_most_probable,
+    draw_decision,
+)
+
+_GATES = ("full_v2", "two", "full")
+_ESTIMATORS = ("gradient", "reinforce")
+_DECAY = 0.99  # how far the baseline goes towards the mean reward
 
 
 @dataclass(frozen=True)
 class Proxyless(Strategy):
-    """ProxylessNAS with gradient-based gates, the authors' `full_v2`.
+    """ProxylessNAS (arXiv 1812.00332): every step draws a path from the softmax of the alphas.
 
-    Source: arXiv 1812.00332, section 3.2.
+    A weight step trains the drawn path. An arch step gives dL/dalpha = p (b - <p, b>) with
+    b_k = <o_k(x), dL/do>, section 3.2, for which the candidates off the path run without a graph;
+    their batch norms do not move. Where the loss is not linear in the choice's output this is a
+    first-order estimate of the gradient of the expected loss.
 
-    Every step draws a path from the softmax of the alphas. A weight step trains the drawn path. An
-    arch step gives dL/dalpha = p (b - <p, b>) with b_k = <o_k(x), dL/do>, for which the candidates
-    off the path run once without a graph, one after the other: only the drawn path's activations
-    are kept, and the others' batch norms do not move. Where the loss is not linear in the choice's
-    output this is a first-order estimate of the gradient of the expected loss.
+    The authors train the weights alone for 40 epochs before the 120 of the search
+    (`search(warmup=...)`), and on ImageNet take an arch step every 5th batch.
+
+    Attributes:
+        gate: "full_v2": only the drawn path's activations are kept, the other candidates run in
+            backward. "full": they run in forward, the same gradient. "two": an arch step draws two
+            candidates by p without replacement, softmax over these two decides which is active, and
+            only their alphas learn; after the optimizer's step both are moved by the same amount,
+            so that the probabilities of the others are as before (section 3.2.1).
+        estimator: "gradient", as above. "reinforce" (section 3.3.2): the gates are trained from the
+            rewards R of drawn paths, with gradient mean_j (R_j - b) d(-log p_j)/dalpha over the
+            draws of an optimizer step; the baseline b starts as the first mean of the rewards, and
+            then goes 0.99 of the way to each, before it is used. As in the authors' code, where the
+            reward is acc (ref / LAT)^0.1: an objective with loss "mul#power".
+        skip_zero: no update of an alpha in steps in which the active candidate is a Zero (one whose
+            graph gives zeros), as in the authors' code; by default the paper's gradient is taken.
+        arch_every: an arch step is taken before every so many weight steps, by `search`.
+        draws: for "reinforce", paths for each optimizer step; on one batch.
+
+    Raises:
+        SearchError: an unknown option.
     """
+
+    gate: str = "full_v2"
+    estimator: str = "gradient"
+    skip_zero: bool = False
+    arch_every: int = 1
+    draws: int = 10
 
     name: ClassVar[str] = "proxyless"
     samples: ClassVar[bool] = True
 
+    def __post_init__(self) -> None:
+        for name, values in (("gate", _GATES), ("estimator", _ESTIMATORS)):
+            if getattr(self, name) not in values:
+                raise SearchError(
+                    f"Proxyless({name}={getattr(self, name)!r}): it must be one of {values}"
+                )
+        if self.arch_every < 1 or self.draws < 1:
+            raise SearchError(
+                f"Proxyless(arch_every={self.arch_every}, draws={self.draws}): both must be at "
+                "least 1"
+            )
+        if self.rewarded and (self.gate != "full_v2" or self.skip_zero):
+            raise SearchError(
+                "Proxyless(estimator='reinforce') has no gates with gradients: leave gate and "
+                "skip_zero as they are"
+            )
+
+    @property
+    def rewarded(self) -> bool:
+        """Whether the gates learn from rewards."""
+        return self.estimator == "reinforce"
+
+    @property
+    def schedule(self) -> Schedule:
+        """Arch steps among the weight steps."""
+        draws = self.draws if self.rewarded else 1
+        return Schedule(every=self.arch_every, draws=draws, same_batch=True)
+
     def passes(self, space: SearchSpace) -> tuple[Pass, ...]:
         """Candidates off shared memory, binary gates, producers on demand."""
-        return FunctionalizeInplace(), LowerBinaryGate(), DeferProducers()
+        if self.rewarded:
+            return LowerSampledPath(), DeferProducers()
+        return FunctionalizeInplace(), LowerBinaryGate(self.gate), DeferProducers()
 
     def candidates(self, choice: SpaceChoice) -> tuple[Any, ...]:
         """All that may be chosen."""
-        return choosable(choice)
+        return choice.choosable
+
+    def arch_state(self, space: SearchSpace, seed: int, dtype: torch.dtype) -> ArchState:
+        """The alphas; for "reinforce" also `state.baseline`, NaN before the first rewards."""
+        arch = super().arch_state(space, seed, dtype)
+        if self.rewarded:
+            arch.state.register_buffer("baseline", torch.tensor(torch.nan, dtype=torch.float64))
+        return arch
+
+    # -- steps -------------------------------------------------------------------------------------
 
     def draw(self, arch: ArchState, space: SearchSpace) -> dict[str, Decision]:
         """Draw every label from its own distribution."""
@@ -50,9 +126,78 @@ class Proxyless(Strategy):
             for choice in space.choices
         }
 
+    def begin_step(self, arch: ArchState, space: SearchSpace, kind: str) -> None:
+        """Draw the path; for arch steps of two paths, the two candidates of each choice."""
+        if self.gate != "two" or kind != "arch":
+            super().begin_step(arch, space, kind)
+            return
+        pairs: dict[str, tuple[int, ...]] = {}
+        for choice in space.choices:
+            alpha = arch.alpha_parameters()[choice.label].detach().to("cpu", torch.float64)
+            pairs[choice.label], active = _draw_pair(alpha, arch.state.generator)
+            name = choice.choosable[active]
+            arch.state.drawn[choice.label] = name if choice.kind == "layer" else (name,)
+        arch.state.fresh["pair"] = pairs
+        moved: dict[str, set[int]] = arch.state.fresh.setdefault("moved", {})
+        for label, pair in pairs.items():
+            moved.setdefault(label, set()).update(pair)
+
+    def withheld(self, arch: ArchState, space: SearchSpace) -> Collection[str]:
+        """With `skip_zero`, the labels whose active candidate is a Zero."""
+        if not self.skip_zero:
+            return ()
+        return [c.label for c in space.choices if arch.state.drawn[c.label] in c.zeros]
+
+    def surrogate(self, arch: ArchState, space: SearchSpace, reward: float) -> Tensor:
+        """(R - b) times -log p of the path; `hook` takes the mean and the new baseline."""
+        drawn = dict(arch.state.drawn)
+        arch.state.fresh.setdefault("rewards", []).append((drawn, reward))
+        return -(reward - _old_baseline(arch)) * self._log_p(arch, space, drawn)
+
+    def _log_p(self, arch: ArchState, space: SearchSpace, drawn: dict[str, Decision]) -> Tensor:
+        """Log p of the active decisions, 0-d."""
+        alphas = arch.alpha_parameters()
+        terms: list[Tensor] = []
+        for label in space.active(drawn):
+            choice = space[label]
+            names = choice.choosable if choice.kind == "layer" else None
+            terms.append(log_probability(alphas[label], drawn[label], names, choice.n_chosen))
+        return torch.stack(terms).sum()
+
+    def hook(self, optimizer: torch.optim.Optimizer, arch: ArchState, space: SearchSpace) -> None:
+        """Before a step: the mean over draws and the new baseline. After: rescale the two paths."""
+        if self.rewarded:
+            optimizer.register_step_pre_hook(lambda *_: self._average(arch, space))
+        if self.gate == "two":
+            rescaling = _Rescaling(arch)
+            optimizer.register_step_pre_hook(lambda *_: rescaling.before())
+            optimizer.register_step_post_hook(lambda *_: rescaling.after())
+
+    def _average(self, arch: ArchState, space: SearchSpace) -> None:
+        """Turn the sum of (R_j - b_old) d(-log p_j) into the mean of (R_j - b_new) d(-log p_j)."""
+        draws = arch.state.fresh.pop("rewards", [])
+        if not draws:
+            return
+        n, mean = len(draws), sum(reward for _, reward in draws) / len(draws)
+        old, baseline = _old_baseline(arch), arch.state.get_buffer("baseline")
+        if baseline.isnan():
+            baseline.fill_(mean)
+        else:
+            baseline.add_(_DECAY * (mean - baseline))
+        moved = old - float(baseline)
+        alphas = [p for p in arch.alpha_parameters().values() if p.grad is not None]
+        with torch.enable_grad():
+            log_p = torch.stack([self._log_p(arch, space, drawn) for drawn, _ in draws]).sum()
+        shifts = torch.autograd.grad(-moved * log_p, alphas, allow_unused=True)
+        for alpha, shift in zip(alphas, shifts, strict=True):
+            assert alpha.grad is not None
+            alpha.grad.add_(0 if shift is None else shift).div_(n)
+
+    # -- what has been found -----------------------------------------------------------------------
+
     def derive(self, arch: ArchState, space: SearchSpace) -> Architecture:
         """The most probable candidates, as the paper does after the search."""
-        return space.validate(derive_most_probable(arch, space))
+        return best_fitting(arch, space, space.validate(derive_most_probable(arch, space)))
 
     def arch_optimizer(
         self,
@@ -66,10 +211,39 @@ class Proxyless(Strategy):
         return super().arch_optimizer(parameters, cls, **options)
 
 
-def draw_decision(choice: SpaceChoice, alpha: Tensor, generator: torch.Generator) -> Decision:
-    """One decision, drawn from the probabilities that `alpha` stands for."""
-    values = alpha.detach().to("cpu", torch.float64)
-    if choice.kind == "input":
-        return draw_subset(values, choice.n_chosen, generator)
-    index = int(torch.multinomial(torch.softmax(values, -1), 1, generator=generator))
-    return choosable(choice)[index]
+def _old_baseline(arch: ArchState) -> float:
+    return float(torch.nan_to_num(arch.state.get_buffer("baseline")))
+
+
+def _draw_pair(alpha: Tensor, generator: torch.Generator) -> tuple[tuple[int, ...], int]:
+    """Two indices drawn by softmax(alpha) without replacement, and which of them is active."""
+    n = min(2, len(alpha))
+    p = torch.softmax(alpha, -1)
+    pair = tuple(torch.multinomial(p, n, generator=generator).tolist())
+    of_two = torch.softmax(alpha[list(pair)], -1)
+    return pair, pair[int(torch.multinomial(of_two, 1, generator=generator))]
+
+
+class _Rescaling:
+    """Keeps the sum of exp(alpha) over the candidates that took part in a step as it was."""
+
+    def __init__(self, arch: ArchState) -> None:
+        self.arch = arch
+        self.kept: dict[str, tuple[list[int], Tensor]] = {}
+
+    def before(self) -> None:
+        """Note the sums, on entry of the optimizer's step."""
+        alphas = self.arch.alpha_parameters()
+        moved: dict[str, set[int]] = self.arch.state.fresh.pop("moved", {})
+        self.kept = {
+            label: (list(indices), torch.logsumexp(alphas[label].detach()[list(indices)], 0))
+            for label, indices in moved.items()
+            if alphas[label].grad is not None
+        }
+
+    def after(self) -> None:
+        """Take the change of the sums off, after it."""
+        with torch.no_grad():
+            for label, (moved, old) in self.kept.items():
+                alpha = self.arch.alpha_parameters()[label]
+                alpha[moved] -= torch.logsumexp(alpha[moved], 0) - old

@@ -17,8 +17,9 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import nasfx
 from nasfx import Architecture, InputChoice, LayerChoice, SearchError
-from nasfx.searching import evolution
-from nasfx.searching.evolution import crossover
+from nasfx.searching.recalibration import Judge, Recalibration
+from nasfx.strategies import population as populations
+from nasfx.strategies.population import crossover
 from tests.conftest import fingerprint
 from tests.strategies.nets import (
     STRATEGIES,
@@ -122,7 +123,7 @@ class Watch:
 
         monkeypatch.setattr(space, "sample", sampled)
         monkeypatch.setattr(space, "mutate", mutated)
-        monkeypatch.setattr(evolution, "crossover", crossed)
+        monkeypatch.setattr(populations, "crossover", crossed)
 
     def _called(self, source: str, arch: Architecture, *parents: Architecture) -> Architecture:
         self.calls.append((source, arch, parents))
@@ -305,6 +306,24 @@ def test_the_only_architecture_of_a_small_space_that_fits_is_found() -> None:
     result = evolve(digits(3), constraints=[lambda a: a == only], population=10)
     assert result.architecture == only
     assert [r["evaluated"] for r in result.records] == [1]
+
+
+def test_bounds_of_the_space_are_constraints(monkeypatch: pytest.MonkeyPatch) -> None:
+    net = digits(6)
+    net.space.costs["flops"] = lambda arch: float(sum(map(int, arch.values())))
+    net.space.bounds["flops"] = 9
+    watch = Watch(net, monkeypatch)
+    result = evolve(
+        net, metric=watch.metric, constraints=[watch.constraint], population=20, generations=12
+    )
+    costs = [net.space.costs["flops"](arch) for _, arch in watch.met]
+    assert max(costs) == 9  # what breaks a bound is not even shown to the constraints
+    assert watch.evaluated == [number(arch) for _, arch in watch.met]
+    assert any(sum(map(int, arch.values())) > 9 for _, arch, _ in watch.calls)
+    assert result.best_metric == 3 * (4**5 + 4**4 + 4**3)
+    net.space.bounds["flops"] = -1
+    with pytest.raises(SearchError, match=r"were refused; .* \(the bounds are flops <= -1\)"):
+        evolve(net)
 
 
 # -- crossover and canonical form -----------------------------------------------------------------
@@ -548,6 +567,52 @@ def test_a_norm_inside_an_opaque_module_is_recalibrated() -> None:
         metric=lambda o, t: seen.append(o.mean(0).abs().max()) or 0.0,
     )  # fmt: skip
     assert min(seen) < 1e-12
+
+
+@pytest.mark.parametrize(("batches", "one_pass"), [(2, True), (5, True), (7, True), (7, False)])
+def test_a_recalibration_may_be_at_most_one_pass(batches: int, one_pass: bool) -> None:
+    net = trained(Norms)
+    loader = [batch(20 + i) for i in range(5)]
+    outputs: list[Tensor] = []
+    ran: list[tuple[Any, ...]] = []
+
+    def metric(output: Tensor, target: Tensor) -> float:
+        outputs.append(output.clone())
+        return value(output, target)
+
+    def run(inputs: tuple[Any, ...]) -> Any:
+        ran.append(inputs)
+        return net(*inputs)
+
+    x, y = batch(9)
+    how = Recalibration(loader, batches, one_pass)
+    before = everything(net)
+    expected = [*loader, *loader][: min(batches, 5) if one_pass else batches]
+    for arch in net.space.enumerate():
+        judge = Judge(net, [(x, y)], metric, how, 0, run)
+        score = judge.evaluate(arch, "now")
+        with torch.no_grad():
+            by = by_hand(net, arch, expected)(x)
+        assert torch.equal(outputs[-1], by)
+        assert score == value(by, y)
+        assert [inputs[0].tolist() for inputs in ran] == [
+            a.tolist() for a, _ in (*expected, (x, y))
+        ]
+        ran.clear()
+    assert everything(net) == before
+
+
+def test_what_runs_the_net_runs_it_in_recalibration_too() -> None:
+    """As autocast would: here the inputs are doubled."""
+    net = trained(Norms)
+    (x, y), (a, b) = batch(9), batch(1)
+    arch = next(net.space.enumerate())
+    judge = Judge(net, [(x, y)], value, Recalibration([(a, b)], 1), 0, lambda i: net(i[0] * 2))
+    with torch.no_grad():
+        expected = value(by_hand(net, arch, [(a * 2, b)])(x * 2), y)
+    assert judge.evaluate(arch, "now") == expected
+    with pytest.raises(SearchError, match=r"the metric became nan here"):
+        Judge(net, [(x, y)], lambda o, t: float("nan"), None, 0).evaluate(arch, "here")
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import nasfx
-from nasfx import LayerChoice, SearchError, SinglePath
+from nasfx import LayerChoice, RandomSearch, SearchError
 from tests.strategies.nets import STRATEGIES, Chain, Nested, batch, built, loss_of
 
 Batches = list[tuple[Any, Any]]
@@ -339,8 +339,8 @@ def test_single_path_returns_the_best_that_it_evaluated() -> None:
     assert result.best_metric == pytest.approx(max(scores.values()), rel=1e-12)
 
 
-def test_single_path_evaluates_no_more_than_it_is_told() -> None:
-    net = _toy(SinglePath(final_samples=4))
+def test_random_search_evaluates_no_more_than_it_is_told() -> None:
+    net = _toy(RandomSearch(final_samples=4))
     calls = []
     result = _search(
         net,
