@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from nasfx.costs.graph import expected_cost_graph
+from nasfx.costs.model import CostModel
 from nasfx.costs.objectives import Objective, checked_objectives
 from nasfx.errors import SearchError, SpaceError
 from nasfx.ops.stages import CHOICE
@@ -126,18 +127,22 @@ def transform(
         dict.fromkeys(r.name for r in changed if r.name.split("(")[0] in rewritten)
     )
     counted = choice_graphs.get("eval", choice_graphs["train"])
-    _declare(space, objectives, counted)
-    costs = expected_cost_graph(lowered["train"], space.costs, chosen.chance)
+    models = _declare(space, objectives, counted)
+    costs = expected_cost_graph(lowered["train"], models, chosen.chance)
     net = Supernet(traced, chosen, space, choice_graphs, lowered, histories, arch)
     net.set_objectives(objectives, costs)
     return net
 
 
-def _declare(space: SearchSpace, objectives: Sequence[Objective], gm: ModelGraph) -> None:
-    """Let the space know what architectures cost, and what they may."""
+def _declare(
+    space: SearchSpace, objectives: Sequence[Objective], gm: ModelGraph
+) -> dict[str, CostModel]:
+    """Let the space know what architectures cost, and what they may; the costs by name."""
+    models: dict[str, CostModel] = {}
     for objective in objectives:
         model = objective.model(gm, space.choices)
         objective.check(model)
-        space.costs[objective.name] = model
+        space.costs[objective.name] = models[objective.name] = model
         if objective.max is not None:
             space.bounds[objective.name] = objective.max
+    return models

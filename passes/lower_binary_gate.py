@@ -73,7 +73,7 @@ class LowerBinaryGate(LowerSampledPath):
         label = str(choice.label)
         names = choice.choosable if isinstance(choice, LayerChoice) else None
         alpha = attribute(graph, f"arch.{label}")
-        args: tuple[object, ...] = (alpha, drawn, names, choice.n_chosen)
+        args: tuple[object, ...] = (drawn, names, choice.n_chosen)
         if self.mode == "two":
             pair = graph.create_node(
                 "call_module", "arch", (label, "pair"), name=f"pair_{identifier(label)}"
@@ -81,4 +81,4 @@ class LowerBinaryGate(LowerSampledPath):
             set_provenance(pair, Provenance(label=label))
             args = *args, pair
         set_provenance(alpha, Provenance(label=label))
-        return gate_node(graph, binary_gate, args[0], label, *args[1:])  # type: ignore[arg-type]
+        return gate_node(graph, binary_gate, alpha, label, *args)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from torch import fx, nn
 
@@ -123,16 +124,9 @@ class _Builder:
             self.active[diagram] = self._node("active", activity, (chances, laws, diagram))
         return self.active[diagram]
 
-    def _node(
-        self, name: str, function: object, args: tuple[object, ...], kwargs: object = None
-    ) -> fx.Node:
-        return self.graph.create_node(
-            "call_function",
-            function,
-            args,
-            kwargs,
-            name=identifier(name),  # type: ignore[arg-type]
-        )
+    def _node(self, name: str, function: Any, args: Any, kwargs: Any = None) -> fx.Node:
+        target = identifier(name)
+        return self.graph.create_node("call_function", function, args, kwargs, name=target)
 
 
 def _own_choice(conditions: frozenset[Condition]) -> Literal | None:

@@ -160,6 +160,7 @@ class Objective:
                 assert self.target is not None
                 return (cost.log() / math.log(self.target)) ** self._constant("beta")
             case "mul#power":
+                assert self.target is not None
                 return (cost / self.target) ** self._constant("beta")
             case "fbnet-mul":
                 return cost.log() ** self._constant("beta")

@@ -214,7 +214,7 @@ class _Run:
 
     def _judge(self) -> Judge:
         """Evaluates the architectures among which the strategy chooses at the end."""
-        n = self.net.strategy.recalibrate
+        n = self.schedule.recalibrate
         recalibration = Recalibration(self.train, n, one_pass=True) if n else None
         return Judge(self.net, self.valid, self._metric, recalibration, 0, self._outputs)
 

@@ -43,12 +43,15 @@ class Schedule:
         steps: optimizer steps in such a phase; None for as many as make one pass over `valid`.
         draws: arch steps, each with a draw of its own, that an optimizer step averages.
         same_batch: whether these share one batch of `valid`.
+        recalibrate: over how many training batches, at most one pass, batch-norm statistics are
+            averaged anew for every architecture that is evaluated at the end; 0 for none.
     """
 
     every: int = 1
     steps: int | None = None
     draws: int = 1
     same_batch: bool = False
+    recalibrate: int = 0
 
 
 @dataclass(frozen=True)
@@ -60,20 +63,12 @@ class Strategy(ABC):
     Class attributes:
         name: in kebab-case, as `transform` takes it.
         samples: whether every step draws a path.
-        recalibrate: over how many training batches, at most one pass, `nasfx.search` averages the
-            batch norms' statistics anew for every architecture that it evaluates at the end; 0 for
-            none.
         rewarded: whether the architecture is learned from the rewards of drawn paths, through
             `surrogate`, and not from the gradient of the loss.
     """
 
     name: ClassVar[str]
     samples: ClassVar[bool]
-
-    @property
-    def recalibrate(self) -> int:
-        """See the class attributes."""
-        return 0
 
     # -- what stands in the graph ------------------------------------------------------------------
 

@@ -7,8 +7,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from scipy.optimize import Bounds, LinearConstraint, milp
-from scipy.sparse import coo_array
 
 from nasfx.architecture import Architecture
 from nasfx.choice import EMPTY, Decision
@@ -70,7 +68,7 @@ class _Program:
     def __init__(self, space: SearchSpace) -> None:
         self.space = space
         self.integral: list[bool] = []
-        self.rows: list[tuple[dict[int, float], float, float]] = []
+        self.rows: list[tuple[Mapping[int, float], float, float]] = []
         self.chosen: dict[tuple[str, Any], int] = {}
         self.one = self._new(lowest=1)
         for choice in space.choices:
@@ -198,6 +196,10 @@ class _Program:
 
     def solve(self, score: Mapping[int, float]) -> dict[str, Decision] | None:
         """The best decisions, or None where there are none."""
+        # Here, since it takes long to import and few searches need it.
+        from scipy.optimize import Bounds, LinearConstraint, milp
+        from scipy.sparse import coo_array
+
         n = len(self.integral)
         aim = np.zeros(n)
         for i, amount in score.items():
@@ -205,7 +207,9 @@ class _Program:
         entries = [(r, i, a) for r, (row, _, _) in enumerate(self.rows) for i, a in row.items()]
         rows, columns, values = (np.array(column) for column in zip(*entries, strict=True))
         matrix = coo_array((values, (rows, columns)), shape=(len(self.rows), n)).tocsr()
-        low, high = (np.array([row[k] for row in self.rows]) for k in (1, 2))
+        # scipy's stubs know numbers alone here; it takes arrays.
+        low: Any = np.array([low for _, low, _ in self.rows])
+        high: Any = np.array([high for _, _, high in self.rows])
         found = milp(
             aim,
             integrality=np.array(self.integral, dtype=int),

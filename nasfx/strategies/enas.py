@@ -113,7 +113,7 @@ class Enas(Strategy):
     @classmethod
     def macro(cls, **options: Any) -> Self:
         """The constants of the authors' script for the macro space."""
-        authors = {
+        authors: dict[str, Any] = {
             "baseline_decay": 0.99, "learning_rate": 0.001, "betas": (0.0, 0.999), "eps": 1e-3,
             "steps": 50, "aggregate": 20,
         }  # fmt: skip
@@ -126,7 +126,7 @@ class Enas(Strategy):
         Its biases favour convolutions; give the names of yours: `op_bias={"sep_conv_3x3": 10.0,
         "sep_conv_5x5": 10.0}`, `fixed_bias={"normal/*": {"sep_conv_3x3": 0.25, ...}}`.
         """
-        authors = {
+        authors: dict[str, Any] = {
             "tanh_constant": 1.10, "op_tanh_reduce": 2.5, "exact_entropy": True,
             "baseline_decay": 0.99, "learning_rate": 0.0035, "betas": (0.0, 0.999), "eps": 1e-3,
             "steps": 30, "aggregate": 10, "skip_weight": 0.0,
@@ -141,7 +141,7 @@ class Enas(Strategy):
     @property
     def schedule(self) -> Schedule:
         """The controller's steps after every epoch of the weights."""
-        return Schedule(every=0, steps=self.steps, draws=self.aggregate)
+        return Schedule(0, self.steps, self.aggregate, recalibrate=self.recalibrate)
 
     def passes(self, space: SearchSpace) -> tuple[Pass, ...]:
         """Switches, producers on demand."""

@@ -76,7 +76,7 @@ class FBNet(Strategy):
     @property
     def schedule(self) -> Schedule:
         """A pass over the validation data after every epoch of the weights."""
-        return Schedule(every=0)
+        return Schedule(every=0, recalibrate=self.recalibrate)
 
     def passes(self, space: SearchSpace) -> tuple[Pass, ...]:
         """Candidates off shared memory, then the sum weighted by a sample."""

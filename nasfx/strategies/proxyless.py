@@ -185,13 +185,15 @@ class Proxyless(Strategy):
         else:
             baseline.add_(_DECAY * (mean - baseline))
         moved = old - float(baseline)
-        alphas = [p for p in arch.alpha_parameters().values() if p.grad is not None]
+        grads = {p: p.grad for p in arch.alpha_parameters().values() if p.grad is not None}
         with torch.enable_grad():
             log_p = torch.stack([self._log_p(arch, space, drawn) for drawn, _ in draws]).sum()
-        shifts = torch.autograd.grad(-moved * log_p, alphas, allow_unused=True)
-        for alpha, shift in zip(alphas, shifts, strict=True):
-            assert alpha.grad is not None
-            alpha.grad.add_(0 if shift is None else shift).div_(n)
+        # A choice that was on no drawn path has no shift: zeros.
+        shifts = torch.autograd.grad(
+            -moved * log_p, list(grads), allow_unused=True, materialize_grads=True
+        )
+        for grad, shift in zip(grads.values(), shifts, strict=True):
+            grad.add_(shift).div_(n)
 
     # -- what has been found -----------------------------------------------------------------------
 

@@ -20,7 +20,7 @@ from nasfx.ops.expectation import uniform_gate
 from nasfx.passes import DeferProducers, LowerSampledPath
 from nasfx.rewriting.passes import Pass
 from nasfx.space import SearchSpace
-from nasfx.strategies.base import Evaluate, Strategy
+from nasfx.strategies.base import Evaluate, Schedule, Strategy
 from nasfx.strategies.population import Population
 
 _TRIES = 500  # draws until a path lies in its bin
@@ -39,7 +39,7 @@ class UniformPaths(Strategy):
             the average over so many training batches, at most one pass; 0 leaves them as they are.
     """
 
-    recalibrate: int = field(default=200, kw_only=True)  # type: ignore[override]
+    recalibrate: int = field(default=200, kw_only=True)
 
     samples: ClassVar[bool] = True
 
@@ -47,6 +47,11 @@ class UniformPaths(Strategy):
         n = self.recalibrate
         if not isinstance(n, int) or n is True or n < 0:
             raise SearchError(f"recalibrate={n!r} must be a number of batches, or 0 for none")
+
+    @property
+    def schedule(self) -> Schedule:
+        """Weight steps alone."""
+        return Schedule(recalibrate=self.recalibrate)
 
     def passes(self, space: SearchSpace) -> tuple[Pass, ...]:
         """Switches, producers on demand."""

@@ -602,6 +602,30 @@ def test_a_recalibration_may_be_at_most_one_pass(batches: int, one_pass: bool) -
     assert everything(net) == before
 
 
+@pytest.mark.parametrize("mode", [True, False])
+def test_what_is_adopted_is_what_was_evaluated(mode: bool) -> None:
+    """The net has the statistics then; other tensors, modes and generators are as they were."""
+    net = trained(Dropping).train(mode)
+    data = TensorDataset(*batch(3, 32))
+    how = Recalibration(DataLoader(data, 8, shuffle=True), 3)
+    judge = Judge(net, [batch(9)], value, how, 0)
+    arch = net.space.sample()
+    score = judge.evaluate(arch, "now")
+    before = everything(net)
+    judge.adopt(arch)
+    changed = {k for k, v in everything(net).items() if before[k] != v and k.startswith("state ")}
+    assert {k.rpartition(".")[2] for k in changed} == {
+        "running_mean", "running_var", "num_batches_tracked",
+    }  # fmt: skip
+    kept = [k for k in before if k in ("generator", "global", "path") or "training" in k]
+    assert all(everything(net)[k] == before[k] for k in kept)
+    assert net.training is mode
+    assert Judge(net, [batch(9)], value, None, 0).evaluate(arch, "now") == score
+    unchanged = everything(net)
+    Judge(net, [batch(9)], value, None, 0).adopt(arch)
+    assert everything(net) == unchanged
+
+
 def test_what_runs_the_net_runs_it_in_recalibration_too() -> None:
     """As autocast would: here the inputs are doubled."""
     net = trained(Norms)
