@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from nasfx.architecture import Architecture
 from nasfx.choice import InputChoice, LayerChoice, activated
+from nasfx.costing import Cost, cost
 from nasfx.costs.objectives import CustomCost, Flops, Objective, Params
 from nasfx.errors import (
     CheckpointError,
@@ -51,6 +52,7 @@ _HOME = {name: module for module, names in _LAZY.items() for name in names}
 __all__ = [
     "Architecture",
     "CheckpointError",
+    "Cost",
     "Count",
     "CustomCost",
     "Darts",
@@ -78,6 +80,7 @@ __all__ = [
     "TracedModel",
     "VerifyError",
     "activated",
+    "cost",
     "count",
     "evolve",
     "explain",
