@@ -14,8 +14,8 @@ import nasfx
 from nasfx import InputChoice, LayerChoice, Supernet
 from nasfx.choice import named_choices
 
-STRATEGIES = ("darts", "proxyless", "single-path")
-SAMPLED = ("proxyless", "single-path")
+STRATEGIES = ("darts", "fbnet", "proxyless", "enas", "single-path", "random")
+SAMPLED = ("proxyless", "enas", "single-path", "random")
 WIDTH = 4
 
 
