@@ -132,7 +132,7 @@ class SearchSpace:
 
     def sample(self, generator: torch.Generator | None = None) -> Architecture:
         """A canonical architecture, each active decision drawn uniformly."""
-        return self._walk(lambda choice: choice.draw(generator))
+        return self.walk(lambda choice: choice.draw(generator))
 
     def mutate(
         self,
@@ -154,7 +154,7 @@ class SearchSpace:
                 return old.decision(choice.label)
             return choice.draw(generator)
 
-        return self._walk(decide)
+        return self.walk(decide)
 
     def enumerate(self) -> Iterator[Architecture]:
         """All canonical architectures, in a fixed order."""
@@ -184,7 +184,7 @@ class SearchSpace:
             if choice.label not in decided and self._active(choice.label, decided, memo):
                 yield choice
 
-    def _walk(self, decide: Callable[[SpaceChoice], Decision]) -> Architecture:
+    def walk(self, decide: Callable[[SpaceChoice], Decision]) -> Architecture:
         """Decide every active label by `decide`, outer ones first."""
         decided: dict[str, Decision] = {}
         while todo := list(self._undecided(decided)):

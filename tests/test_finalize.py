@@ -608,7 +608,7 @@ def test_a_subnet_of_two_modes_refuses_to_lose_one() -> None:
     assert torch.equal(again(x), subnet(x))
 
 
-@pytest.mark.parametrize("strategy", ["darts", "proxyless", "single-path"])
+@pytest.mark.parametrize("strategy", STRATEGIES)
 def test_the_modes_of_all_that_a_net_holds_return_after_the_certificate(strategy: str) -> None:
     """Measuring switches to eval: net, traced model and the user's classes must come back."""
     model = nn.Sequential(

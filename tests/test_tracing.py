@@ -20,6 +20,7 @@ from nasfx import InputChoice, LayerChoice, activated, search_space, trace
 from nasfx.errors import SpaceError, TraceError
 from nasfx.tracing import TracedModel
 from tests.models import MODELS, RandomModel, example, random_models
+from tests.strategies.nets import STRATEGIES
 
 Watch = Callable[[nn.Module], nn.Module]
 
@@ -251,7 +252,7 @@ def test_one_module_as_two_candidates() -> None:
         assert torch.equal(subnet(x), shared[0](x).tanh())
 
 
-@pytest.mark.parametrize("strategy", ["darts", "proxyless", "single-path"])
+@pytest.mark.parametrize("strategy", STRATEGIES)
 @pytest.mark.parametrize("where", ["model", "candidate"])
 def test_plain_tensor_attributes_survive_lowering(strategy: str, where: str) -> None:
     scaled = Made(lambda s, x: x * s.scale, scale=torch.tensor(2.0))

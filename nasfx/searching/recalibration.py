@@ -96,7 +96,11 @@ class Judge:
             return evaluate(net, arch, data, self.metric, when=when, run=self.run)
 
     def adopt(self, arch: Architecture) -> None:
-        """Leave the net with the statistics under which `arch` was evaluated."""
+        """Leave the net with statistics for `arch`, as those under which it was evaluated.
+
+        They are the very same where the loader draws its order from torch's global generator, or
+        has a fixed one.
+        """
         if self.recalibration is not None:
             with torch.random.fork_rng(self.cuda):
                 torch.manual_seed(self.seed)

@@ -190,7 +190,7 @@ class SinglePath(UniformPaths):
             return value if choice.kind == "layer" else (value,)
 
         # Only of what is active: a candidate has had its turn when it was trained.
-        path = space._walk(decide)
+        path = space.walk(decide)
         arch.state.drawn |= {label: path.decision(label) for label in path}
 
     def conclude(self, space: SearchSpace, arch: ArchState, evaluate: Evaluate) -> Architecture:

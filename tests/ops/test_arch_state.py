@@ -9,6 +9,7 @@ from torch import nn
 import nasfx
 from nasfx import CheckpointError, LayerChoice
 from nasfx.ops import ArchState
+from tests.strategies.nets import STRATEGIES
 
 
 def state(seed: int = 0) -> ArchState:
@@ -116,7 +117,7 @@ def test_an_index_of_no_input_is_an_error(indices: list[int]) -> None:
 
 
 @pytest.mark.parametrize("label", ["names", "alphas", "drawn", "generator", "fresh"])
-@pytest.mark.parametrize("strategy", ["darts", "proxyless", "single-path"])
+@pytest.mark.parametrize("strategy", STRATEGIES)
 def test_a_label_may_be_called_as_an_attribute_of_the_state(label: str, strategy: str) -> None:
     net = nn.Sequential(LayerChoice({"lin": nn.Linear(2, 2), "tanh": nn.Tanh()}, label=label))
     made = nasfx.transform(net, strategy)

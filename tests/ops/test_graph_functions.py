@@ -1,4 +1,6 @@
+import importlib
 import pickle
+import pkgutil
 from collections.abc import Callable
 from typing import Any
 
@@ -7,7 +9,7 @@ import torch
 from torch import Tensor, fx, nn
 
 import nasfx
-from nasfx import LayerChoice
+from nasfx import LayerChoice, ops
 from nasfx.ops import (
     binary_gate,
     demanded,
@@ -103,3 +105,15 @@ def test_a_lowered_graph_may_be_traced_before_its_first_call() -> None:
     )
     x = torch.randn(2, 3)
     assert torch.equal(fx.symbolic_trace(net.graph_module)(x), net(x))
+
+
+def test_every_graph_function_can_be_pickled_by_its_public_name() -> None:
+    names = [m.name for m in pkgutil.iter_modules(ops.__path__)]
+    found = {
+        name
+        for module in (importlib.import_module(f"nasfx.ops.{n}") for n in names)
+        for name, value in vars(module).items()
+        if getattr(value, "__module__", "") == "nasfx.ops" and hasattr(value, "__wrapped__")
+    }
+    assert {"mix", "softmax_gate", "expected_cost"} <= found
+    assert [name for name in sorted(found) if not hasattr(ops, name)] == []

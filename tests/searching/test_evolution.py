@@ -890,3 +890,7 @@ def test_progress_is_shown_on_a_terminal_only(capsys: pytest.CaptureFixture[str]
     evolve(digits(2), console=Console(file=out, force_terminal=True, width=120))
     assert "evolve" in out.getvalue()
     assert "generation 0 best 15.0000" in out.getvalue()
+    out = io.StringIO()
+    console = Console(file=out, force_terminal=True, width=120)
+    evolve(digits(2), constraints=[lambda arch: number(arch) == 9], console=console)
+    assert "generation 0 best 9.0000" in out.getvalue()

@@ -116,7 +116,7 @@ def test_digits_are_learned(
         assert all(
             isinstance(v, float) for k, v in record.items() if k not in ("epoch", "arch_loss")
         )
-        assert isinstance(record["arch_loss"], float) == (strategy != "single-path")
+        assert isinstance(record["arch_loss"], float) == bool(net.arch_parameters())
         assert 0 <= record["metric"] <= 1
         assert 0 < record["entropy"] <= math.log(2) + 1e-6
         assert record["lr"] == 0.05
@@ -145,7 +145,7 @@ def test_digits_are_learned(
     assert "\x1b" not in text
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("strategy", ["darts", "proxyless", "single-path"])
 def test_an_epoch_takes_an_arch_step_and_a_weight_step_for_every_batch(strategy: str) -> None:
     net = _toy(strategy)
     steps: list[str] = []
