@@ -36,6 +36,18 @@ if TYPE_CHECKING:
     from nasfx.costs.runtimes import mnn_milliseconds, onnxruntime_milliseconds
     from nasfx.export import export_mnn, export_onnx, write_module
     from nasfx.searching import SearchResult, evolve, search
+    from nasfx.trainers import (
+        BaseOneShotTrainer,
+        DartsTrainer,
+        EnasTrainer,
+        FBNetTrainer,
+        LookUpTable,
+        NASConfig,
+        ProxylessTrainer,
+        SinglePathTrainer,
+        replace_input_choice,
+        replace_layer_choice,
+    )
 
 __version__ = "0.1.0"
 
@@ -45,23 +57,34 @@ _LAZY = {
     "nasfx.costs.profiling": ("Profile", "known_hardware", "profile"),
     "nasfx.costs.runtimes": ("mnn_milliseconds", "onnxruntime_milliseconds"),
     "nasfx.export": ("export_mnn", "export_onnx", "write_module"),
+    "nasfx.trainers": (
+        "BaseOneShotTrainer", "DartsTrainer", "EnasTrainer", "FBNetTrainer", "LookUpTable",
+        "NASConfig", "ProxylessTrainer", "SinglePathTrainer", "replace_input_choice",
+        "replace_layer_choice",
+    ),
     "nasfx.searching": ("SearchResult", "evolve", "search"),
 }  # fmt: skip
 _HOME = {name: module for module, names in _LAZY.items() for name in names}
 
 __all__ = [
     "Architecture",
+    "BaseOneShotTrainer",
     "CheckpointError",
     "Cost",
     "Count",
     "CustomCost",
     "Darts",
+    "DartsTrainer",
     "Enas",
+    "EnasTrainer",
     "ExportError",
     "FBNet",
+    "FBNetTrainer",
     "Flops",
     "InputChoice",
     "LayerChoice",
+    "LookUpTable",
+    "NASConfig",
     "NasfxError",
     "Objective",
     "Params",
@@ -69,11 +92,13 @@ __all__ = [
     "Profile",
     "ProfileError",
     "Proxyless",
+    "ProxylessTrainer",
     "RandomSearch",
     "SearchError",
     "SearchResult",
     "SearchSpace",
     "SinglePath",
+    "SinglePathTrainer",
     "SpaceError",
     "Supernet",
     "TraceError",
@@ -91,6 +116,8 @@ __all__ = [
     "mnn_milliseconds",
     "onnxruntime_milliseconds",
     "profile",
+    "replace_input_choice",
+    "replace_layer_choice",
     "search",
     "search_space",
     "trace",

@@ -178,6 +178,11 @@ class Supernet(nn.Module):
         """Whether a weight step or an arch step is open."""
         return bool(self._step)
 
+    @property
+    def step_kind(self) -> str:
+        """The step that is open: "weight", "arch", or "" for none."""
+        return self._step
+
     # -- steps -------------------------------------------------------------------------------------
 
     @contextmanager

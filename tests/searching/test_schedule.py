@@ -92,7 +92,7 @@ def test_one_batch_for_all_draws_or_one_for_each(monkeypatch: pytest.MonkeyPatch
         seen: list[int] = []
 
         def loss(outputs: Any, target: Any, net=net, seen=seen) -> Any:
-            if net._step == "arch":
+            if net.step_kind == "arch":
                 seen.append(int(target[0, 0]))
             return outputs.square().mean()
 
