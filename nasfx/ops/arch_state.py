@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import keyword
 from collections.abc import Mapping
 from typing import Any
 
@@ -109,7 +110,7 @@ class ArchState(nn.Module):
         super().__init__()
         self.state = SearchState(candidate_names, n_chosen or {}, seed)
         for label in (*alphas, *candidate_names):
-            if hasattr(self, label):
+            if hasattr(self, label) or keyword.iskeyword(label):
                 raise SpaceError(f"label {label!r} is reserved; give the choice another one")
         for label, alpha in alphas.items():
             self.register_parameter(label, nn.Parameter(alpha))

@@ -78,7 +78,10 @@ def inclusion_gate(
         return probabilities
     if n_chosen is not None:
         return probabilities / n_chosen
-    return probabilities / probabilities.sum().clamp_min(torch.finfo(alpha.dtype).tiny)
+    total = probabilities.sum()
+    if hard:  # weights of 0 alone are the empty subset, whose mean is 0
+        return probabilities / torch.where(total > 0.5, total, 1.0)
+    return probabilities / total.clamp_min(torch.finfo(alpha.dtype).tiny)
 
 
 def inclusion_probabilities(alpha: Tensor, n_chosen: int | None) -> Tensor:

@@ -36,8 +36,8 @@ class Enas(Strategy):
     R; the baseline b is moved towards R, and then (R - b) (-log p) + skip_weight KL is minimised,
     where KL pulls the rate of skips in choices of any subset to `skip_target`. The mean over the
     draws of an optimizer step is taken. Decisions are asked in the order of the graph, and every
-    input of an InputChoice is known to the controller by the last choice that it comes from; log p
-    counts active decisions.
+    input of an InputChoice is known to the controller by the last choice that it comes from. log p
+    is that of all decisions, active or not, since later ones depend on them.
 
     The authors let an epoch of the weights be followed by one of the controller, on batches of
     `valid`; so does `search`. It ends with the best of `final_samples` draws by the validation
@@ -198,7 +198,8 @@ class Enas(Strategy):
         reward += self.entropy_weight * float(answer.entropy)
         baseline.sub_((1 - self.baseline_decay) * (baseline - reward))
         arch.state.fresh["draws"] = arch.state.fresh.get("draws", 0) + 1
-        log_p = torch.stack([answer.log_prob[k] for k in space.active(arch.state.drawn)]).sum()
+        # Inactive decisions too: the controller reads them before it takes later ones.
+        log_p = torch.stack(list(answer.log_prob.values())).sum()
         loss = -(reward - float(baseline)) * log_p
         return loss + self.skip_weight * answer.skip_penalty
 
