@@ -466,9 +466,17 @@ class Part(nn.Module):
         return 4 * torch.relu(0.5 - x.abs())
 
 
-def _toy() -> nn.Module:
-    """For y = 3 x**2: "square" explains all of it but costs most, "part" half of it."""
-    features = {"blank": Blank(), "same": nn.Identity(), "square": Square(), "part": Part()}
+class Near(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.abs() ** 1.5
+
+
+def _toy(part: type[nn.Module]) -> nn.Module:
+    """For y = 3 x**2: "square" explains all of it but costs most.
+
+    "part" explains half of it, or as `Near` nearly all: it is plainly the best of the others.
+    """
+    features = {"blank": Blank(), "same": nn.Identity(), "square": Square(), "part": part()}
     return nn.Sequential(
         LayerChoice(
             {name: nn.Sequential(f, nn.Linear(1, 1)) for name, f in features.items()}, label="x"
@@ -498,8 +506,13 @@ def _searched(name: str, seed: int, objective: Any = None) -> str:
 
     train, valid = batches(10), batches(6)
     strategy, lr = TOY[name]
+    model = built(lambda: _toy(Part if objective is None else Near), seed)
     net = nasfx.transform(
-        built(_toy, seed), strategy, seed=seed, objective=objective, example_inputs=train[0][0]
+        model,
+        strategy,
+        seed=seed,
+        objective=objective,
+        example_inputs=train[0][0],
     )
     optimizers = torch.optim.SGD(net.weight_parameters(), 0.1, 0.9), net.arch_optimizer(lr=lr)
     result = nasfx.search(
@@ -512,12 +525,7 @@ def _searched(name: str, seed: int, objective: Any = None) -> str:
 @pytest.mark.parametrize("bounded", [False, True], ids=["free", "bounded"])
 @pytest.mark.parametrize("name", TOY)
 def test_search_finds_what_is_plainly_best(name: str, bounded: bool) -> None:
-    """In 9 of 10 runs; with a bound that forbids it, the best of the others.
-
-    A mixture's weights and the scale of its candidates make up for each other, so that of the
-    others DARTS ranks fewer runs right.
-    """
+    """In 9 of 10 runs; with a bound that forbids it, the best of the others."""
     bound = nasfx.Params(max=2.0, target=2.0, lambda_=4.0) if bounded else None
     found = [_searched(name, seed, bound) for seed in range(10)]
-    needed = 7 if bounded and name == "darts" else 9
-    assert found.count("part" if bounded else "square") >= needed, found
+    assert found.count("part" if bounded else "square") >= 9, found
