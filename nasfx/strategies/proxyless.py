@@ -47,7 +47,8 @@ class Proxyless(Strategy):
             backward. "full": they run in forward, the same gradient. "two": an arch step draws two
             candidates by p without replacement, softmax over these two decides which is active, and
             only their alphas learn; after the optimizer's step both are moved by the same amount,
-            so that the probabilities of the others are as before (section 3.2.1).
+            so that the probabilities of the others are as before (section 3.2.1). The gradient of
+            an objective's cost reaches all alphas all the same.
         estimator: "gradient", as above. "reinforce" (section 3.3.2): the gates are trained from the
             rewards R of drawn paths, with gradient mean_j (R_j - b) d(-log p_j)/dalpha over the
             draws of an optimizer step; the baseline b starts as the first mean of the rewards, and

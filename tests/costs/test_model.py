@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import asdict
 from math import prod
 
 import pytest
@@ -12,7 +13,7 @@ from nasfx.passes import AnnotateCost, Canonicalize
 from torch import Tensor, nn
 
 import nasfx
-from nasfx import Architecture, Count, InputChoice, LayerChoice, SearchSpace
+from nasfx import Architecture, InputChoice, LayerChoice, SearchSpace
 from nasfx.costs.calls import cost_model
 from nasfx.costs.model import CostModel
 from nasfx.rewriting.passes import PassContext
@@ -46,7 +47,7 @@ def check_counts(model: nn.Module, space: SearchSpace, models: Models, n: int = 
     net = nasfx.transform(model, "single-path")
     for arch in some_architectures(space, n):
         counted = nasfx.count(nasfx.finalize(net, arch), example())
-        assert Count(**{f: models[f](arch) for f in FIELDS}) == counted, arch
+        assert {f: models[f](arch) for f in FIELDS} == asdict(counted), arch
 
 
 def uniform_weight(space: SearchSpace, arch: Architecture) -> float:
