@@ -194,9 +194,9 @@ CANDIDATES: dict[str, Callable[[], nn.Module]] = {
     "first": lambda: nn.Sequential(nn.ReLU(inplace=True), nn.Linear(4, 4)),
     "two modules": lambda: nn.Sequential(nn.ReLU6(True), nn.Hardtanh(-1, 0.3, inplace=True)),
     "Dropout": lambda: nn.Sequential(nn.Dropout(0.0, inplace=True), nn.ReLU(inplace=True)),
-    "nested": lambda: LayerChoice({"r": nn.ReLU(inplace=True), "skip": nn.Identity()}, label="within"),
+    "nested": lambda: LayerChoice({"r": nn.ReLU(inplace=True), "skip": nn.Identity()}, label="i"),
     "nested deeper": lambda: nn.Sequential(
-        LayerChoice({"r": nn.ReLU(True), "skip": nn.Identity()}, label="within"), nn.Linear(4, 4)
+        LayerChoice({"r": nn.ReLU(True), "skip": nn.Identity()}, label="i"), nn.Linear(4, 4)
     ),
     **{
         code.__name__: lambda code=code: Code(code)
