@@ -52,6 +52,8 @@ class Supernet(nn.Module):
         lowered: Mapping[str, ModelGraph],
         histories: Mapping[str, History],
         arch: ArchState,
+        objectives: Sequence[Objective],
+        cost_graph: ModelGraph,
     ) -> None:
         super().__init__()
         share_tree(self, lowered["train"])
@@ -60,26 +62,20 @@ class Supernet(nn.Module):
         self.__dict__["_held"] = {"traced": traced, "arch": arch}
         self.__dict__["_choice_graphs"] = dict(choice_graphs)
         self.__dict__["_lowered"] = dict(lowered)
+        self.__dict__["_costs"] = {"graph": cost_graph}
         self.__dict__["_subnets"] = {}
         self.histories = dict(histories)
         self.strategy = strategy
         self.space = space
-        self.objectives: tuple[Objective, ...] = ()
+        self.objectives = tuple(objectives)
         self._step = ""
         self._forced: list[Architecture] = []
         self.training = traced.training
         self._generate_code()
 
-    def set_objectives(self, objectives: Sequence[Objective], graph: ModelGraph) -> None:
-        """Declare what the architecture should cost, with the graph of the expected costs."""
-        self.objectives = tuple(objectives)
-        self.__dict__["_costs"] = {"graph": graph}
-        graph.generate_code()
-
     def _generate_code(self) -> None:
         # Now and not at the first call, which torch.compile may be tracing.
-        costs = self.__dict__.get("_costs", {})
-        for gm in (*self.__dict__["_lowered"].values(), *costs.values()):
+        for gm in (*self.__dict__["_lowered"].values(), *self.__dict__["_costs"].values()):
             gm.generate_code()
 
     def __getstate__(self) -> dict[str, Any]:

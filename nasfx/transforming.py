@@ -129,9 +129,9 @@ def transform(
     counted = choice_graphs.get("eval", choice_graphs["train"])
     models = _declare(space, objectives, counted)
     costs = expected_cost_graph(lowered["train"], models, chosen.chance)
-    net = Supernet(traced, chosen, space, choice_graphs, lowered, histories, arch)
-    net.set_objectives(objectives, costs)
-    return net
+    return Supernet(
+        traced, chosen, space, choice_graphs, lowered, histories, arch, objectives, costs
+    )
 
 
 def _declare(

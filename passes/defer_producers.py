@@ -10,6 +10,7 @@ from torch import fx, nn
 
 from nasfx.choice import EMPTY
 from nasfx.ops.arch_state import ArchState
+from nasfx.ops.function import is_graph_function
 from nasfx.ops.select import Demanded, InputSwitch, Switch, demanded
 from nasfx.ops.stages import SUPERNET
 from nasfx.rewriting.effects import Effects, inputs_read
@@ -192,7 +193,7 @@ def _is_gate(gm: fx.GraphModule, node: fx.Node) -> bool:
     """Whether the node only draws or weighs: cheap, and read by several parts of the graph."""
     if node.op == "call_module":
         return isinstance(gm.get_submodule(str(node.target)), ArchState)
-    return node.op == "get_attr" or getattr(node.target, "__module__", "") == "nasfx.ops"
+    return node.op == "get_attr" or is_graph_function(node.target)
 
 
 def _reads_when(

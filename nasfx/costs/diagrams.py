@@ -73,15 +73,18 @@ class Diagrams:
         if key not in made:
             label = next(name for name, lits in by_label.items() if lits[0] not in known)
             cases = [
-                (case, below)
-                for case, held in self._cases(label, by_label[label])
-                if (below := self._build(asked, {**known, **held}, by_label, made)) is not False
+                (case, self._build(asked, {**known, **held}, by_label, made))
+                for case, held in self._cases(asked, known, label, by_label[label])
             ]
             made[key] = self._joined(label, cases)
         return made[key]
 
     def _cases(
-        self, label: str, literals: tuple[Literal, ...]
+        self,
+        asked: tuple[Condition, ...],
+        known: Mapping[Literal, bool],
+        label: str,
+        literals: tuple[Literal, ...],
     ) -> Iterable[tuple[Any, dict[Literal, bool]]]:
         choice = self.choices[label]
         if isinstance(law_of(choice), tuple):
@@ -92,23 +95,35 @@ class Diagrams:
             for held, values in alike.items():
                 yield tuple(values), dict(zip(literals, held, strict=True))
             return
-        for held in itertools.product((True, False), repeat=len(literals)):
-            pairs = list(zip(literals, held, strict=True))
+        # One literal after the other, until the answer is known: of "any of n inputs" that makes
+        # n + 1 cases and not 2^n.
+        todo: list[dict[Literal, bool]] = [{}]
+        while todo:
+            held = todo.pop()
+            answered = self.activity.truth(asked, {**known, **held}.get, {}) is not None
+            if len(held) < len(literals) and not answered:
+                following = literals[len(held)]
+                todo += [{**held, following: False}, {**held, following: True}]
+                continue
             met, missed = (
-                tuple(tuple(sorted(values)) for (_, values), h in pairs if h is wanted)
+                tuple(tuple(sorted(values)) for (_, values), h in held.items() if h is wanted)
                 for wanted in (True, False)
             )
-            yield (met, missed), dict(pairs)
+            yield (met, missed), held
 
     def _joined(self, label: str, cases: list[tuple[Any, Diagram]]) -> Diagram:
-        """The diagram of `cases`, those of a law of one that go on alike as one."""
+        """The diagram of `cases`: what they have in common, else those that are not False.
+
+        Cases of a law of one that go on alike are one.
+        """
+        if all(below == cases[0][1] for _, below in cases):
+            return cases[0][1]
+        cases = [(case, below) for case, below in cases if below is not False]
         if isinstance(law_of(self.choices[label]), tuple):
-            values: dict[int, list[Any]] = {}
-            below: dict[int, Diagram] = {}
-            for case, diagram in cases:
-                values.setdefault(id(diagram), []).extend(case)
-                below[id(diagram)] = diagram
-            cases = [(tuple(v), below[k]) for k, v in values.items()]
+            joined: dict[Diagram, tuple[Any, ...]] = {}
+            for case, below in cases:
+                joined[below] = (*joined.get(below, ()), *case)
+            cases = [(case, below) for below, case in joined.items()]
         return label, tuple(cases)
 
 

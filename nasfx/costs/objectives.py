@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import KW_ONLY, dataclass, field, replace
 from typing import Any, ClassVar
 
 import torch
@@ -64,6 +64,7 @@ class Objective:
     """
 
     target: float | None = None
+    _: KW_ONLY
     max: float | None = None
     loss: str | None = None
     unit: str = ""
@@ -219,9 +220,6 @@ class Params(Objective):
     quantity: ClassVar[str] = "params"
 
 
-Row = float | Mapping[str, float]
-
-
 @dataclass(frozen=True)
 class CustomCost(Objective):
     """A cost of your own, from a table or a function; see `Objective`.
@@ -229,7 +227,7 @@ class CustomCost(Objective):
     Attributes:
         costs: a table, {label: {candidate: cost}}: what a layer choice's candidate costs wherever
             the choice is called, choices inside it not included. Or a function that is given every
-            call of the model (`nasfx.costs.Call`), fixed ones too, and returns its cost.
+            call of the model (`nasfx.costs.calls.Call`), fixed ones too, and returns its cost.
         title: its name, the key of `expected_cost()`.
         fixed: what every architecture costs beside.
 
@@ -237,9 +235,9 @@ class CustomCost(Objective):
         SearchError: a cost that is no finite number of zero or more.
     """
 
-    costs: Mapping[str, Mapping[str, float]] | Callable[[Call], float] = None  # type: ignore[assignment]
-    title: str = "custom"
-    fixed: float = 0.0
+    costs: Mapping[str, Mapping[str, float]] | Callable[[Call], float] = field(kw_only=True)
+    title: str = field(default="custom", kw_only=True)
+    fixed: float = field(default=0.0, kw_only=True)
 
     quantity: ClassVar[str] = "custom"
 

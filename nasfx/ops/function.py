@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch.fx.proxy import Proxy
@@ -33,6 +33,13 @@ def graph_function(function: Callable[P, R]) -> Callable[P, R]:
                 return handle_torch_function(dispatching, proxies, *args, **kwargs)
         return function(*args, **kwargs)
 
-    # The public name, under which the function is printed and pickled.
-    dispatching.__module__ = "nasfx.ops"
+    if function.__module__.startswith("nasfx."):
+        # The public name, under which the function is printed and pickled.
+        dispatching.__module__ = "nasfx.ops"
+    dispatching.__dict__["is_graph_function"] = True
     return dispatching
+
+
+def is_graph_function(target: Any) -> bool:
+    """Whether `target` was made by `graph_function`, here or in a user's own file."""
+    return getattr(target, "is_graph_function", False)

@@ -13,6 +13,7 @@ from torch import fx
 
 from nasfx.choice import Choice, InputChoice, LayerChoice
 from nasfx.ops.arch_state import ArchState
+from nasfx.ops.function import is_graph_function
 from nasfx.ops.select import Demanded, InputSwitch, Switch
 from nasfx.rewriting.graph import tensor_leaves
 from nasfx.rewriting.verifier import Stage
@@ -20,7 +21,7 @@ from nasfx.rewriting.verifier import Stage
 
 def _is_ours(gm: fx.GraphModule, node: fx.Node) -> bool:
     if node.op == "call_function":
-        return str(getattr(node.target, "__module__", "")).startswith("nasfx.")
+        return is_graph_function(node.target)
     if node.op == "call_module":
         kinds = Switch, InputSwitch, Demanded, ArchState
         return isinstance(gm.get_submodule(str(node.target)), kinds)

@@ -151,7 +151,7 @@ class Strategy(ABC):
 
     def surrogate(self, arch: ArchState, space: SearchSpace, reward: float) -> Tensor:
         """For rewarded strategies: what an arch step minimises; it touches no weight."""
-        raise NotImplementedError
+        raise SearchError(f"{self.name} learns from the gradient of the loss and has no surrogate")
 
     @property
     def second_order(self) -> bool:

@@ -422,7 +422,6 @@ class Many(nn.Module):
         return self.pick([layer(x) for layer in self.layers])
 
 
-@pytest.mark.xfail(strict=True, reason="the diagram of the stem has 2^9 - 1 cases, not about nine")
 def test_diagrams_grow_linearly_with_the_inputs_of_a_choice() -> None:
     net = nasfx.transform(Many(), "darts", example_inputs=X.float(), objective=nasfx.Flops(10))
     cases = [

@@ -192,7 +192,7 @@ def test_figures_must_be_positive(name: str, value: Any) -> None:
         (lambda: Flops(max=3, beta=0.1), "loss '' has none"),
         (lambda: Flops(1.0, loss="mul#log"), "logarithm of a target of at most 1"),
         (lambda: Flops(0.5, loss="mul#log", unit="G"), "logarithm of a target of at most 1"),
-        (lambda: CustomCost(3), r"CustomCost\(costs=None\)"),
+        (lambda: CustomCost(3, costs=5), r"CustomCost\(costs=5\)"),
         (lambda: CustomCost(3, costs={}, fixed=-1.0), "fixed costs -1.0"),
         (lambda: CustomCost(3, costs={}, fixed=math.nan), "fixed costs nan"),
     ],

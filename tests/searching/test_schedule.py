@@ -110,9 +110,15 @@ def test_what_was_evaluated_is_in_the_result_and_the_best_is_kept() -> None:
 
 
 def test_objectives_are_weighed_in_at_the_end_and_bounds_kept() -> None:
-    for objective in (nasfx.Params(1, lambda_=1e6), nasfx.Params(max=17)):
+    def found(objective: nasfx.Objective | None) -> Any:
         net = nasfx.transform(
             toy(), "single-path", example_inputs=torch.zeros(1, 3), objective=objective
         )
-        result = nasfx.search(net, data(2), data(1), loss=F.mse_loss, epochs=1)
-        assert result.architecture == {"block": "tanh"}
+        large = lambda outputs, target: outputs.abs().mean()  # noqa: E731
+        run = nasfx.search(net, data(2), data(3), loss=F.mse_loss, epochs=1, metric=large)
+        return run.architecture["block"]
+
+    costly, cheap = "lin", "tanh"
+    assert found(None) == costly, "by the metric alone"
+    assert found(nasfx.Params(1, lambda_=1e6)) == cheap
+    assert found(nasfx.Params(max=17)) == cheap

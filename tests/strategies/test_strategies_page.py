@@ -420,17 +420,10 @@ def doubled(x: Tensor) -> Tensor:
     return 2 * x
 
 
-@pytest.mark.xfail(
-    strict=True,
-    raises=pickle.PicklingError,
-    reason="graph_function gives every function the module nasfx.ops, where pickle does not find "
-    "those of others",
-)
 def test_graph_functions_of_others_pickle() -> None:
     assert pickle.loads(pickle.dumps(doubled)) is doubled
 
 
-@pytest.mark.xfail(strict=True, raises=pickle.PicklingError, reason="as above")
 def test_a_net_with_a_gate_of_its_own_pickles(gdas: ModuleType) -> None:
     _, net = made(gdas, Inputs)
     x, _ = batch()
