@@ -271,10 +271,10 @@ class Activity:
             return all_of(needs)
 
         asked = list(conditions)
-        stack = [i for condition in asked for i, _ in _links(condition)]
+        stack = [i for condition in asked for i, _ in links(condition)]
         while stack:
             condition = self.places[stack[-1]].condition
-            unknown = [i for i, _ in _links(condition) if i not in memo]
+            unknown = [i for i, _ in links(condition) if i not in memo]
             if unknown and stack[-1] not in memo:
                 stack += unknown
                 continue
@@ -286,7 +286,7 @@ class Activity:
         found: set[Literal] = set()
         stack, seen = list(conditions), set[int]()
         while stack:
-            for i, literal in _links(stack.pop()):
+            for i, literal in links(stack.pop()):
                 if literal is not None:
                     found.add(literal)
                 if i not in seen:
@@ -295,7 +295,7 @@ class Activity:
         return frozenset(found)
 
 
-def _links(condition: Condition) -> tuple[tuple[int, Literal | None], ...]:
+def links(condition: Condition) -> tuple[tuple[int, Literal | None], ...]:
     """The places that `condition` refers to."""
     container = () if condition.container is None else (condition.container,)
     return *container, *(condition.demands or ())

@@ -95,7 +95,8 @@ def _reduction(places: list[Place], use: Use, size: int) -> Iterator[tuple[Condi
     """The bytes of the nodes that reduce the chosen inputs."""
     choice = use.owner.get_submodule(str(use.node.target))
     assert isinstance(choice, InputChoice)
-    assert use.place is not None
+    place = use.place
+    assert place is not None
     k, mean = choice.n_chosen, choice.reduction == "mean"
     if choice.reduction == "none":
         return
@@ -104,10 +105,10 @@ def _reduction(places: list[Place], use: Use, size: int) -> Iterator[tuple[Condi
     elif k is not None:
         yield use.condition, size * (k - 1 + (mean and k > 1))
     else:
-        label = places[use.place].label
+        label = places[place].label
 
         def when(value: int) -> Condition:
-            return Condition((use.place or 0, (label, frozenset({value}))))
+            return Condition((place, (label, frozenset({value}))))
 
         # |S| - 1 additions, for the empty subset one tensor of zeros, for a mean of several a
         # division.

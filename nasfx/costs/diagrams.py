@@ -8,7 +8,7 @@ from typing import Any
 
 from nasfx.architecture import SpaceChoice
 from nasfx.ops.expectation import Diagram, Law
-from nasfx.places import Activity, Condition, Literal
+from nasfx.places import Activity, Condition, Literal, links
 
 
 def law_of(choice: SpaceChoice) -> Law:
@@ -65,7 +65,7 @@ class Diagrams:
         # What is left of the question: what is known of the places, and of those still open, the
         # truth of the literals that they name.
         still = [self.activity.places[i].condition for i, t in places.items() if t is None]
-        named = {lit for c in (*asked, *still) for lit in _own_literals(c)}
+        named = {lit for c in (*asked, *still) for _, lit in links(c) if lit is not None}
         key = (
             frozenset(places.items()),
             frozenset((lit, known[lit]) for lit in named if lit in known),
@@ -125,8 +125,3 @@ class Diagrams:
                 joined[below] = (*joined.get(below, ()), *case)
             cases = [(case, below) for below, case in joined.items()]
         return label, tuple(cases)
-
-
-def _own_literals(condition: Condition) -> list[Literal]:
-    container = () if condition.container is None else (condition.container,)
-    return [lit for _, lit in (*container, *(condition.demands or ())) if lit is not None]

@@ -91,7 +91,7 @@ class _Extremes:
         self, asked: Sequence[frozenset[Condition]], decided: Mapping[str, Decision]
     ) -> tuple[float, dict[str, Decision]]:
         """The extreme of the sum of some terms under what is decided."""
-        total, open_terms = 0.0 if not asked else 0, list[frozenset[Condition]]()
+        total, open_terms = 0, list[frozenset[Condition]]()
         memo: dict[int, bool | None] = {}
         for conditions in asked:
             truth = self.activity.truth(conditions, lambda l: literal_holds(l, decided), memo)

@@ -260,10 +260,10 @@ class _Run:
             if every and i % every == 0:
                 arch_losses.append(self._arch_step(valid, batch))
             train_losses.append(self._weight_step(*batch))
-            metric = f" metric {records[-1]['metric']:.4f}" if records else ""
-            figures = (
-                f"epoch {epoch} loss {train_losses[-1]:.4f}{metric} entropy {self._entropy():.3f}"
-            )
+            figures = f"epoch {epoch} loss {train_losses[-1]:.4f}"
+            if records:  # of the epoch before; every batch would be too often
+                last = records[-1]
+                figures += f" metric {last['metric']:.4f} entropy {last['entropy']:.3f}"
             progress.update(task, advance=1, figures=figures)
         if searching:
             if not every:
