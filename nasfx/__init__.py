@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from nasfx.architecture import Architecture
 from nasfx.choice import InputChoice, LayerChoice, activated
-from nasfx.costing import Cost, cost
+from nasfx.costing import Cost, cost, latency_table
+from nasfx.costs.latency import Latency
 from nasfx.costs.objectives import CustomCost, Flops, Objective, Params
 from nasfx.errors import (
     CheckpointError,
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
     from nasfx.costs.profiling import Profile, known_hardware, profile
     from nasfx.costs.runtimes import mnn_milliseconds, onnxruntime_milliseconds
     from nasfx.export import export_mnn, export_onnx, write_module
-    from nasfx.searching import SearchResult, evolve, search
+    from nasfx.searching import Front, SearchResult, evolve, pareto, search
     from nasfx.trainers import (
         BaseOneShotTrainer,
         DartsTrainer,
@@ -62,7 +63,7 @@ _LAZY = {
         "NASConfig", "ProxylessTrainer", "SinglePathTrainer", "replace_input_choice",
         "replace_layer_choice",
     ),
-    "nasfx.searching": ("SearchResult", "evolve", "search"),
+    "nasfx.searching": ("Front", "SearchResult", "evolve", "pareto", "search"),
 }  # fmt: skip
 _HOME = {name: module for module, names in _LAZY.items() for name in names}
 
@@ -81,7 +82,9 @@ __all__ = [
     "FBNet",
     "FBNetTrainer",
     "Flops",
+    "Front",
     "InputChoice",
+    "Latency",
     "LayerChoice",
     "LookUpTable",
     "NASConfig",
@@ -113,8 +116,10 @@ __all__ = [
     "export_onnx",
     "finalize",
     "known_hardware",
+    "latency_table",
     "mnn_milliseconds",
     "onnxruntime_milliseconds",
+    "pareto",
     "profile",
     "replace_input_choice",
     "replace_layer_choice",

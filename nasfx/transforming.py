@@ -20,6 +20,7 @@ from nasfx.rewriting.passes import Pass, PassContext
 from nasfx.rewriting.pipeline import History, Pipeline
 from nasfx.space import SearchSpace, space_of
 from nasfx.strategies import Strategy, strategy_named
+from nasfx.strategies.bounded import check_bounds
 from nasfx.supernet import Supernet
 from nasfx.tracing import as_tuple, refuse_names, trace
 
@@ -46,7 +47,7 @@ def transform(
         example_inputs: a tensor or a tuple for `model.forward`; with them shapes are known, so
             candidates that cannot be summed are refused here and not at the first step.
         objective: what the architecture should cost, beside the task: `Flops`, `Params` or
-            `CustomCost`, or several of them; they need `example_inputs`.
+            `Latency`, `CustomCost`, or several of them; they need `example_inputs`.
         extra_passes: instances of passes of your own. Those of stage CHOICE rewrite the graph
             that both the search and `finalize` start from; others run at the end of their stage.
         verify: "fast" checks the graph between all passes, "off" does not.
@@ -127,7 +128,7 @@ def transform(
         dict.fromkeys(r.name for r in changed if r.name.split("(")[0] in rewritten)
     )
     counted = choice_graphs.get("eval", choice_graphs["train"])
-    models = _declare(space, objectives, counted)
+    models = _declare(space, objectives, counted, inputs or ())
     costs = expected_cost_graph(lowered["train"], models, chosen.chance)
     return Supernet(
         traced, chosen, space, choice_graphs, lowered, histories, arch, objectives, costs
@@ -135,14 +136,18 @@ def transform(
 
 
 def _declare(
-    space: SearchSpace, objectives: Sequence[Objective], gm: ModelGraph
+    space: SearchSpace,
+    objectives: Sequence[Objective],
+    gm: ModelGraph,
+    inputs: tuple[Any, ...],
 ) -> dict[str, CostModel]:
     """Let the space know what architectures cost, and what they may; the costs by name."""
     models: dict[str, CostModel] = {}
     for objective in objectives:
-        model = objective.model(gm, space.choices)
+        model = objective.model(gm, space.choices, inputs)
         objective.check(model)
         space.costs[objective.name] = models[objective.name] = model
         if objective.max is not None:
             space.bounds[objective.name] = objective.max
+    check_bounds(space)
     return models

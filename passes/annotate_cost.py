@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 from torch import Tensor, fx, nn
+from torch.utils._pytree import tree_map
 
 from nasfx.choice import InputChoice, LayerChoice
 from nasfx.costs.count import FlopCounter, batch_size, per_sample, size_in_bytes
-from nasfx.errors import NasfxError
+from nasfx.errors import NasfxError, SpaceError
 from nasfx.fake_run import Stopped, run_on_fakes
 from nasfx.ops.stages import CHOICE
 from nasfx.rewriting.editing import is_identity
@@ -31,7 +33,8 @@ class AnnotateCost(Pass):
     input choice the bytes are those of what it gives.
 
     Runs the graph, all candidates included, on fake copies of the model in eval mode and of the
-    example inputs. Needs these; refuses a node whose cost depends on what tensors hold.
+    example inputs. Needs these; refuses a node whose cost depends on what tensors hold, and
+    candidates whose outputs differ in shape.
     """
 
     name: ClassVar[str] = "annotate-cost"
@@ -46,11 +49,13 @@ class AnnotateCost(Pass):
         batch = batch_size(ctx.example_inputs)
         counter = FlopCounter()
         seen = 0
+        shapes = _Shapes()
 
         def record(node: fx.Node, candidate: str, calls: tuple[str, ...], value: Any) -> None:
             nonlocal seen
             total = counter.get_total_flops()
             flops, seen = total - seen, total
+            shapes.note(node, candidate, calls, value)
             module = _called(node, candidate)
             if not node.op.startswith("call_") or isinstance(module, LayerChoice | fx.GraphModule):
                 return
@@ -73,7 +78,47 @@ class AnnotateCost(Pass):
                 f"the cost of {format_node(stopped.node)} is not known: {stopped.reason} "
                 f"({provenance(stopped.node).site})"
             ) from stopped
+        shapes.check()
         return False
+
+
+class _Shapes:
+    """The shapes of all values, of which those that a choice chooses among must be alike."""
+
+    def __init__(self) -> None:
+        self.of: dict[tuple[fx.Node, tuple[str, ...]], object] = {}
+        self.first: dict[tuple[fx.Node, str, tuple[str, ...]], tuple[str, object]] = {}
+        self.wrong: list[SpaceError] = []
+
+    def note(self, node: fx.Node, candidate: str, calls: tuple[str, ...], value: Any) -> None:
+        shape = tree_map(lambda x: list(x.shape) if isinstance(x, Tensor) else None, value)
+        choice = _called(node, candidate)
+        if candidate:
+            outer, _, name = candidate.rpartition(".")
+            self._compare(node, outer, calls, f"candidate {name!r}", shape)
+        else:
+            self.of[node, calls] = shape
+        if isinstance(choice, InputChoice) and choice.n_chosen != choice.n_candidates:
+            for i, source in enumerate(cast("Sequence[fx.Node]", node.args[0])):
+                self._compare(node, "", calls, f"input {i}", self.of[source, calls])
+
+    def _compare(
+        self, node: fx.Node, outer: str, calls: tuple[str, ...], name: str, shape: object
+    ) -> None:
+        first, alike = self.first.setdefault((node, outer, calls), (name, shape))
+        if alike != shape:
+            self.wrong.append(
+                SpaceError(
+                    f"choice {_called(node, outer).label!r} ({provenance(node).site}): {first} gives "
+                    f"{alike} and {name} gives {shape}. Then what follows costs more or less by "
+                    "what is chosen here, and costs do not add up: give them one shape, or search "
+                    "without an objective"
+                )
+            )
+
+    def check(self) -> None:
+        if self.wrong:
+            raise self.wrong[0]
 
 
 _NOTHING = nn.Module()

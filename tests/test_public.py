@@ -20,7 +20,7 @@ import nasfx
 # Heavy, optional, or not for everybody: imported when first used.
 LAZY = (
     "lightning_fabric", "onnx", "onnxruntime", "onnxscript", "onnxsim", "MNN", "nn_meter",
-    "matplotlib", "torchvision", "sklearn",
+    "matplotlib", "torchvision", "sklearn", "pymoo", "typer",
 )  # fmt: skip
 _FLAGS = doctest.NORMALIZE_WHITESPACE | doctest.ELLIPSIS
 ROOT = Path(__file__).parent.parent

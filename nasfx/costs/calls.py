@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from torch import fx, nn
@@ -68,7 +68,7 @@ def _amounts(
         return
     if use.place is not None:
         if of == "activation_bytes":
-            yield from _reduction(places, use, count.activation_bytes)
+            yield from reductions(places, use, count.activation_bytes)
     elif isinstance(of, str):
         yield use.condition, getattr(count, of)
     else:
@@ -91,8 +91,8 @@ def _module(use: Use) -> nn.Module | None:
     return use.owner.get_submodule(join(str(use.node.target), use.candidate))
 
 
-def _reduction(places: list[Place], use: Use, size: int) -> Iterator[tuple[Condition, float]]:
-    """The bytes of the nodes that reduce the chosen inputs."""
+def reductions(places: Sequence[Place], use: Use, size: int) -> Iterator[tuple[Condition, float]]:
+    """Of the nodes that reduce the chosen inputs of a choice, `size` each, with when it counts."""
     choice = use.owner.get_submodule(str(use.node.target))
     assert isinstance(choice, InputChoice)
     place = use.place

@@ -16,7 +16,6 @@ from nasfx.costs.model import CostModel, Terms
 from nasfx.errors import SearchError
 from nasfx.places import Condition, places_and_uses
 
-_UNITS = {"": 1.0, "k": 1e3, "M": 1e6, "G": 1e9}
 _WEIGHTS = {  # by loss, the names and defaults of its constants
     "add#linear": {"lambda_": 0.1},
     "mul#log": {"alpha": 0.2, "beta": 0.3},
@@ -53,7 +52,7 @@ class Objective:
         target: the cost to aim at, in `unit`.
         max: what the derived architecture may cost at most, in `unit`.
         loss: a name of the table; by default "add#linear" where there is a target.
-        unit: "", "k", "M" or "G": the prefix of the unit of all figures.
+        unit: of all figures; "", "k", "M" or "G", the prefix of one.
         lambda_: see the table, like the other two; None for the table's value.
         alpha: see the table.
         beta: see the table.
@@ -73,6 +72,7 @@ class Objective:
     beta: float | None = None
 
     quantity: ClassVar[str]
+    units: ClassVar[Mapping[str, float]] = {"": 1.0, "k": 1e3, "M": 1e6, "G": 1e9}
 
     def __post_init__(self) -> None:
         what = type(self).__name__
@@ -80,8 +80,8 @@ class Objective:
             value = getattr(self, name)
             if value is not None and not (_is_number(value) and 0 < value < math.inf):
                 raise SearchError(f"{what}({name}={value!r}): it must be a positive number")
-        if self.unit not in _UNITS:
-            raise SearchError(f"{what}(unit={self.unit!r}): it must be one of {list(_UNITS)}")
+        if self.unit not in self.units:
+            raise SearchError(f"{what}(unit={self.unit!r}): it must be one of {list(self.units)}")
         if self.loss is not None and self.loss not in _WEIGHTS:
             raise SearchError(f"{what}(loss={self.loss!r}): it must be one of {list(_WEIGHTS)}")
         if self.loss is not None and self.loss not in _TARGETLESS and self.target is None:
@@ -117,9 +117,11 @@ class Objective:
         """Whether the loss adds a term, which is done after all factors."""
         return self.loss_name in ("add#linear", "fbnet-add")
 
-    def model(self, gm: fx.GraphModule, choices: tuple[SpaceChoice, ...]) -> CostModel:
+    def model(
+        self, gm: fx.GraphModule, choices: tuple[SpaceChoice, ...], example_inputs: tuple[Any, ...]
+    ) -> CostModel:
         """What architectures cost, in `unit`, from a graph that annotate-cost has annotated."""
-        return cost_model(gm, choices, self.quantity).divided(_UNITS[self.unit])
+        return cost_model(gm, choices, self.quantity).divided(self.units[self.unit])
 
     def check(self, model: CostModel) -> None:
         """Refuse bounds that nothing keeps, and logarithms of costs that are too small.
@@ -255,7 +257,9 @@ class CustomCost(Objective):
         """The key of `expected_cost()`."""
         return self.title
 
-    def model(self, gm: fx.GraphModule, choices: tuple[SpaceChoice, ...]) -> CostModel:
+    def model(
+        self, gm: fx.GraphModule, choices: tuple[SpaceChoice, ...], example_inputs: tuple[Any, ...]
+    ) -> CostModel:
         """What architectures cost, in `unit`.
 
         Raises:
@@ -327,7 +331,7 @@ def checked_objectives(given: Any) -> tuple[Objective, ...]:
         if not isinstance(objective, Objective):
             raise SearchError(
                 f"objective={objective!r}: give nasfx.Flops(...), nasfx.Params(...), "
-                "nasfx.CustomCost(...), or a list of them"
+                "nasfx.Latency(...), nasfx.CustomCost(...), or a list of them"
             )
     names = [objective.name for objective in several]
     if len(set(names)) < len(names):

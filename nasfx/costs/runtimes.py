@@ -126,6 +126,26 @@ def run_apart(program: Callable[[str], None], folder: Path) -> None:
         raise ProfileError(f"the process ended with {how}. It printed last:\n{said}")
 
 
+def mnn_converter(folder: str) -> None:
+    """Run alone, by run_apart: convert every `<name>.onnx` in the folder to `<name>.mnn`.
+
+    The file "flags" holds options of MNN's converter, which leaves a scratch file in the folder.
+    MNN's command-line tools would pip-install and report usage.
+    """
+    from pathlib import Path
+
+    import _tools
+
+    flags = Path(folder, "flags").read_text().split()
+    for source in sorted(Path(folder).glob("*.onnx")):
+        target = source.with_suffix(".mnn").name
+        files = ["--modelFile", source.name, "--MNNModel", target]
+        _tools.mnnconvert(["mnnconvert", "-f", "ONNX", *files, *flags])
+        # It returns True also when it failed: the file is what tells.
+        if not Path(folder, target).is_file():
+            raise SystemExit(1)
+
+
 def _mnn_program(folder: str) -> None:
     """Run alone, by run_apart: one model in MNN, on given or random inputs."""
     import importlib
@@ -276,3 +296,38 @@ def _check_counts(threads: int, repeats: int, warmup: int) -> None:
             "threads and repeats are at least 1 and warmup at least 0; "
             f"got threads={threads}, repeats={repeats}, warmup={warmup}."
         )
+
+
+def torch_milliseconds(
+    module: Any, inputs: Sequence[Any], *, threads: int = 1, repeats: int = 50, warmup: int = 10
+) -> float:
+    """Measure one call of a module, eagerly and without gradients, on this machine's CPU.
+
+    Args:
+        module: an `nn.Module`, in the mode that it is in.
+        inputs: what it takes.
+        threads: Threads for the operators.
+        repeats: Timed calls, of which the median is taken.
+        warmup: Calls before the first timed one.
+
+    Returns:
+        The median wall time, in milliseconds.
+
+    Raises:
+        ProfileError: A count is wrong.
+    """
+    import torch
+
+    _check_counts(threads, repeats, warmup)
+    before = torch.get_num_threads()
+    times: list[float] = []
+    torch.set_num_threads(threads)
+    try:
+        with torch.inference_mode():
+            for _ in range(warmup + repeats):
+                start = time.perf_counter()
+                module(*inputs)
+                times.append(time.perf_counter() - start)
+    finally:
+        torch.set_num_threads(before)
+    return 1e3 * statistics.median(times[warmup:])

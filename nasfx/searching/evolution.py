@@ -11,7 +11,7 @@ from rich.console import Console
 from nasfx.architecture import Architecture
 from nasfx.errors import SearchError
 from nasfx.searching.evaluation import Metric, progress_bar
-from nasfx.searching.recalibration import Judge, Recalibration, has_statistics
+from nasfx.searching.recalibration import Judge, checked_recalibration
 from nasfx.searching.result import SearchResult
 from nasfx.strategies.population import Constraint, Population
 from nasfx.supernet import Supernet
@@ -83,7 +83,7 @@ def evolve(
         )
     if not isinstance(constraints, Sequence) or not all(map(callable, constraints)):
         raise SearchError("constraints must be a list of functions, architecture -> bool")
-    judge = Judge(net, valid, metric, _checked_recalibration(net, recalibrate), seed)
+    judge = Judge(net, valid, metric, checked_recalibration(net, recalibrate), seed)
     pool = Population(net.space, constraints, population, torch.Generator().manual_seed(seed))
     with progress_bar(console or Console(stderr=True)) as progress:
         task = progress.add_task("evolve", total=population * generations, figures="")
@@ -98,25 +98,4 @@ def evolve(
 
         records = tuple(pool.run(generations, scored))
     best = pool.best()[0]
-    return SearchResult(best, records, pool.scores[best])
-
-
-def _checked_recalibration(net: Supernet, given: Any) -> Recalibration | None:
-    """What evolve's argument asks for; None for no recalibration."""
-    if given is False:
-        return None
-    if given is None:
-        if name := next((n for n, m in net.named_modules() if has_statistics(m)), None):
-            raise SearchError(
-                f"{name} is a batch norm, whose running statistics are an average over all paths "
-                "that were trained and fit no single one: give recalibrate=(train_loader, 200), "
-                "or refuse it on purpose with recalibrate=False"
-            )
-        return None
-    pair: Sequence[Any] = given if isinstance(given, tuple) else ()
-    if len(pair) != 2 or not isinstance(pair[1], int) or isinstance(pair[1], bool) or pair[1] < 1:
-        raise SearchError(
-            "recalibrate must be (loader, batches) with batches >= 1, or False for none, not "
-            f"{pair or type(given).__name__}"
-        )
-    return Recalibration(pair[0], pair[1])
+    return SearchResult(best, records, pool.scores[best], dict(pool.scores))

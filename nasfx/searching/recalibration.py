@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from nasfx.architecture import Architecture
+from nasfx.errors import SearchError
 from nasfx.ops.select import unmoved_buffers
 from nasfx.searching.evaluation import Metric, batches, evaluate
 from nasfx.subnet import kept_modes
@@ -145,3 +146,28 @@ def _running_norms(graph: Any) -> list[_BatchNorm]:
     called = dict.fromkeys(str(n.target) for n in graph.graph.find_nodes(op="call_module"))
     modules = (m for path in called for m in graph.get_submodule(path).modules())
     return [m for m in dict.fromkeys(modules) if has_statistics(m) and m.training]
+
+
+def checked_recalibration(net: Supernet, given: Any) -> Recalibration | None:
+    """What the argument `recalibrate` of a search asks for; None for no recalibration.
+
+    Raises:
+        SearchError: it asks for nothing that there is, or for nothing on a net with batch norms.
+    """
+    if given is False:
+        return None
+    if given is None:
+        if name := next((n for n, m in net.named_modules() if has_statistics(m)), None):
+            raise SearchError(
+                f"{name} is a batch norm, whose running statistics are an average over all paths "
+                "that were trained and fit no single one: give recalibrate=(train_loader, 200), "
+                "or refuse it on purpose with recalibrate=False"
+            )
+        return None
+    pair: Sequence[Any] = given if isinstance(given, tuple) else ()
+    if len(pair) != 2 or not isinstance(pair[1], int) or isinstance(pair[1], bool) or pair[1] < 1:
+        raise SearchError(
+            "recalibrate must be (loader, batches) with batches >= 1, or False for none, not "
+            f"{pair or type(given).__name__}"
+        )
+    return Recalibration(pair[0], pair[1])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,9 +47,7 @@ def best_within_bounds(space: SearchSpace, scores: Mapping[str, Score]) -> Archi
     program = _Program(space)
     score = program.score(scores)
     for name, bound in space.bounds.items():
-        model = space.costs[name]
-        assert isinstance(model, CostModel)
-        program.bound(model, bound)
+        program.bound(_model(space, name), bound)
     for _ in range(_TRIES):
         decisions = program.solve(score)
         if decisions is None:
@@ -60,6 +58,42 @@ def best_within_bounds(space: SearchSpace, scores: Mapping[str, Score]) -> Archi
         program.exclude(decisions)
     bounds = ", ".join(f"{name} <= {bound:g}" for name, bound in space.bounds.items())
     raise SearchError(f"no architecture keeps within the bounds {bounds}; loosen them")
+
+
+def check_bounds(space: SearchSpace) -> None:
+    """Refuse bounds that no architecture keeps together, though it may keep each by itself.
+
+    Raises:
+        SearchError: as said; with the least value of each cost that the other bounds leave.
+    """
+    if len(space.bounds) < 2:
+        return
+    try:
+        best_within_bounds(space, {})
+    except SearchError as error:
+        nearest = ", ".join(f"{name} {value:g}" for name, value in _nearest(space))
+        raise SearchError(
+            f"{error}. The least that each can be with the others kept: {nearest or 'none'}"
+        ) from error
+
+
+def _nearest(space: SearchSpace) -> Iterator[tuple[str, float]]:
+    """The least value of each bounded cost under the bounds of the others, where there is one."""
+    for name in space.bounds:
+        program = _Program(space)
+        for other, bound in space.bounds.items():
+            if other != name:
+                program.bound(_model(space, other), bound)
+        row, _ = program.cost(_model(space, name))
+        decisions = program.solve({i: -amount for i, amount in row.items()})
+        if decisions is not None:
+            yield name, space.costs[name](space.validate(decisions))
+
+
+def _model(space: SearchSpace, name: str) -> CostModel:
+    model = space.costs[name]
+    assert isinstance(model, CostModel)
+    return model
 
 
 class _Program:
@@ -165,6 +199,12 @@ class _Program:
 
     def bound(self, model: CostModel, most: float) -> None:
         """Keep a cost within its bound."""
+        row, fixed = self.cost(model)
+        scaled = {term: amount / most for term, amount in row.items()}
+        self.rows.append((scaled, -np.inf, 1 - fixed / most))
+
+    def cost(self, model: CostModel) -> tuple[dict[int, float], float]:
+        """A cost as a linear function, and what is fixed of it."""
         row: dict[int, float] = {}
         fixed = 0.0
         for conditions, amount in model.terms.items():
@@ -174,8 +214,8 @@ class _Program:
             if term == self.one:
                 fixed += amount
             else:
-                row[term] = row.get(term, 0) + amount / most
-        self.rows.append((row, -np.inf, 1 - fixed / most))
+                row[term] = row.get(term, 0) + amount
+        return row, fixed
 
     def _never(self, model: CostModel, conditions: Iterable[Condition]) -> bool:
         """Whether they hold only for candidates that cannot be chosen."""
