@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from rich.table import Table
-import torch
 from torch import Tensor, nn
 
 from nasfx.choice import named_choices
@@ -127,6 +126,7 @@ def cost(net_or_model: nn.Module, example_inputs: Tensor | tuple[Any, ...]) -> C
         TraceError: a model with choices cannot be traced.
 
     Example:
+        >>> import torch
         >>> from nasfx import LayerChoice
         >>> choice = LayerChoice({"lin": nn.Linear(4, 4), "act": nn.ReLU()}, label="block")
         >>> found = cost(nn.Sequential(choice), torch.zeros(1, 4))
@@ -175,10 +175,14 @@ def latency_table(
         TraceError: the model cannot be traced, or does not run on the inputs.
 
     Example:
+        >>> import torch
         >>> from nasfx import LayerChoice
         >>> model = nn.Sequential(LayerChoice([nn.ReLU(), nn.Tanh()], label="act"))
-        >>> latency_table(model, torch.zeros(1, 4), lambda part: 0.5).rows
-        {'x0: float32[1, 4] -> %y2 = ReLU()(%x0)': 0.5, 'x0: float32[1, 4] -> %y2 = Tanh()(%x0)': 0.5}
+        >>> f = lambda part: 0.5
+        >>> for key, milliseconds in latency_table(model, torch.zeros(1, 4), f).rows.items():
+        ...     print(key, milliseconds)
+        x0: float32[1, 4] -> %y2 = ReLU()(%x0) 0.5
+        x0: float32[1, 4] -> %y2 = Tanh()(%x0) 0.5
     """
     inputs = as_tuple(example_inputs)
     gm, _ = _choice_graph(net_or_model, inputs)

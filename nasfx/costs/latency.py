@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Real
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 from torch import fx
 
@@ -122,7 +122,7 @@ def source_of(hardware: Any) -> LatencySource:
     if isinstance(hardware, LatencySource):
         return hardware
     if callable(hardware):
-        return FunctionSource(hardware)
+        return FunctionSource(cast("Callable[[Part], float]", hardware))
     raise SearchError(
         f"Latency({hardware!r}): give a name of nasfx.known_hardware(), the folder of a predictor, "
         "a source such as nasfx.costs.Measured('onnxruntime'), or a function of a part"

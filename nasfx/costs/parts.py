@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from nasfx.choice import InputChoice, LayerChoice
+from nasfx.choice import InputChoice
 from nasfx.costs.calls import reductions
 from nasfx.costs.count import batch_size
 from nasfx.errors import SearchError

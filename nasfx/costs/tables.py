@@ -1,4 +1,4 @@
-"""Tables of latencies as sources: our own, in JSON, and that of the ProxylessNAS authors, in YAML."""
+"""Tables of latencies as sources: our own in JSON, and that of the ProxylessNAS authors in YAML."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import math
 import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from numbers import Real
 from pathlib import Path
 from typing import Any, cast
 
@@ -145,7 +144,7 @@ class LatencyTable:
 
 
 def _latency(value: Any, what: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, Real) or not 0 <= value < math.inf:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
         raise ProfileError(
             f"The {what} is {value!r}; a latency is a finite number of zero or more."
         )
@@ -209,9 +208,11 @@ def _layers(part: Part) -> Iterator[_Layer]:
             raise _no_row(part, f"a {type(module).__name__}")
 
 
-_WEIGHTLESS = {operator.add, torch.add, torch.flatten, "mean", "view", "reshape", "flatten"}
-_WEIGHTLESS |= {nn.functional.relu, nn.functional.relu6, nn.functional.adaptive_avg_pool2d}
-_WEIGHTLESS |= {operator.iadd, "add", "add_", "size", "squeeze", operator.getitem, torch.mean}
+_WEIGHTLESS = {
+    operator.add, operator.iadd, operator.getitem, torch.add, torch.mean, torch.flatten,
+    nn.functional.relu, nn.functional.relu6, nn.functional.adaptive_avg_pool2d,
+    "add", "add_", "flatten", "mean", "reshape", "size", "squeeze", "view",
+}  # fmt: skip
 
 
 def _shape(node: fx.Node) -> tuple[int, ...]:
@@ -232,15 +233,16 @@ def _single(layer: _Layer, part: Part) -> str:
 def _maps(part: Part) -> Iterator[tuple[int, ...]]:
     """The shapes of feature maps, latest first, before they are pooled."""
     for node in reversed(part.module.graph.nodes):
-        if isinstance(value := node.meta.get("val"), Tensor) and value.dim() == 4:
-            if value.shape[2] > 1:
-                yield tuple(value.shape[1:])
+        value = node.meta.get("val")
+        if isinstance(value, Tensor) and value.dim() == 4 and value.shape[2] > 1:
+            yield tuple(value.shape[1:])
 
 
 def _bottleneck(block: Sequence[_Layer], part: Part) -> str:
-    first, depthwise, last = block[0], block[-2], block[-1]
-    if not last.pointwise:
+    first, last = block[0], block[-1]
+    if len(block) < 2 or not last.pointwise:
         raise _no_row(part, "a depthwise convolution that no pointwise one follows")
+    depthwise = block[-2]
     conv = cast("nn.Conv2d", depthwise.module)
     expand = depthwise.takes[0] / first.takes[0]
     stride = conv.stride[0]

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from torch import Tensor, nn
 
 import nasfx
-from nasfx import InputChoice, Latency, LayerChoice, ProfileError, SearchError, SpaceError
+from nasfx import InputChoice, Latency, LayerChoice, SearchError, SpaceError
 from nasfx.costs import FunctionSource, LatencySource, Measured, NnMeter, Part
 from nasfx.costs.parts import parts_of
 from nasfx.costs.sources import unlike
@@ -153,7 +153,7 @@ def test_the_latency_of_every_architecture_by_hand() -> None:
     )
 
 
-@pytest.mark.parametrize("unit, size", [("s", 1e-3), ("ms", 1.0), ("us", 1e3)])
+@pytest.mark.parametrize(("unit", "size"), [("s", 1e-3), ("ms", 1.0), ("us", 1e3)])
 def test_units(unit: str, size: float) -> None:
     net = nasfx.transform(
         Block(), "darts", example_inputs=example(), objective=Latency(by_module, 5, unit=unit)
@@ -288,7 +288,7 @@ def test_options_out_of_range(options: dict[str, Any], message: str) -> None:
 
 
 def test_what_is_no_source() -> None:
-    with pytest.raises(SearchError, match="give a name of nasfx.known_hardware"):
+    with pytest.raises(SearchError, match=r"give a name of nasfx\.known_hardware"):
         Latency(3.0, target=4.0)  # type: ignore[arg-type]
     with pytest.raises(SearchError, match="'onnxruntime', 'mnn' or 'torch'"):
         Measured("tensorrt")
@@ -356,9 +356,6 @@ def test_a_table_gives_what_it_was_made_of() -> None:
         assert net.space.costs["latency:custom"](arch) == reference.space.costs["latency:custom"](
             arch
         )
-    with pytest.raises(ProfileError, match=r"no row for .*block\.conv5"):
-        rows = {k: v for k, v in table.rows.items() if "(5, 5)" not in k}
-        latency_of(nasfx.costs.LatencyTable(rows), max=1e6)
 
 
 def test_parts_of_a_graph_give_what_they_read_elsewhere() -> None:
