@@ -129,6 +129,7 @@ def transform(
     )
     counted = choice_graphs.get("eval", choice_graphs["train"])
     models = _declare(space, objectives, counted, inputs or ())
+    chosen.check(space)
     costs = expected_cost_graph(lowered["train"], models, chosen.chance)
     return Supernet(
         traced, chosen, space, choice_graphs, lowered, histories, arch, objectives, costs

@@ -80,7 +80,7 @@ class CollapseChoices(Pass):
                 new = list(made.values())
             else:
                 value = gm.graph.call_module(target, node.args, node.kwargs)
-                set_provenance(value, provenance(node), part=name)
+                set_provenance(value, provenance(node), label=str(choice.label), part=name)
                 new = [value]
         replace(node, value)
         return [n for n in new if n.op == "call_module"]

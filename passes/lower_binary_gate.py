@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from nasfx.passes.lower_sampled_path import LowerSampledPath
+from nasfx.passes.lower_weighted_sum import refuse_unlike
 from torch import fx
 
 from nasfx.choice import Choice, InputChoice, LayerChoice
@@ -31,8 +32,8 @@ class LowerBinaryGate(LowerSampledPath):
             conv3: Conv2d
             conv5: Conv2d
 
-    Refuses input choices that concatenate or list their inputs: the gradient of a gate needs an
-    output that the gate could have multiplied.
+    Refuses candidates whose outputs differ in shape, and input choices that concatenate or list
+    their inputs: the gradient of a gate needs an output that the gate could have multiplied.
 
     Source: ProxylessNAS (arXiv 1812.00332), equations 1 to 4.
 
@@ -46,6 +47,10 @@ class LowerBinaryGate(LowerSampledPath):
     mode: str = "full_v2"
 
     name: ClassVar[str] = "lower-binary-gate"
+
+    def check(self, node: fx.Node, choice: Choice) -> None:
+        """Refuse candidates whose outputs differ in shape, where shapes are known."""
+        refuse_unlike(node, str(choice.label))
 
     def switch(self, choice: LayerChoice) -> BinaryGate:
         """The module that takes a LayerChoice's place."""

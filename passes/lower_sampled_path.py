@@ -49,6 +49,9 @@ class LowerSampledPath(Pass):
 
     # What a pass with gates of its own replaces:
 
+    def check(self, node: fx.Node, choice: Choice) -> None:
+        """Refuse a call of a choice for which there is no rule."""
+
     def switch(self, choice: LayerChoice) -> Switch:
         """The module that takes a LayerChoice's place."""
         return Switch(str(choice.label), choice.structure, choice.choosable)
@@ -88,6 +91,7 @@ class _Lowering:
             choice = self.choice_of.get(node)
             if choice is None:
                 continue
+            self.rules.check(node, choice)
             module = self.module(choice)
             set_module(gm, str(node.target), module)
             drawn = self.draw(gm, str(choice.label), draws, top)

@@ -112,11 +112,7 @@ class LowerWeightedSum(Pass):
     ) -> list[fx.Node]:
         label = str(choice.label)
         origin = provenance(node)
-        shapes = node.meta.get("candidate_shapes")
-        known: list[Any] = list(shapes.values()) if shapes else []
-        for k, shape in enumerate(known):
-            if shape != known[0]:
-                raise SpaceError(unlike_shapes(label, known, k, f" ({origin.site})"))
+        refuse_unlike(node, label)
         outputs: list[Any] = []
         new: list[fx.Node] = []
         with gm.graph.inserting_before(node):
@@ -162,3 +158,11 @@ class LowerWeightedSum(Pass):
             mixed = node.graph.call_function(mix, (gate, outputs), {"label": label})
         set_provenance(mixed, provenance(node), made_by="")
         replace(node, mixed, take_name=True)
+
+
+def refuse_unlike(node: fx.Node, label: str) -> None:
+    """Raise SpaceError where the candidates called by `node` are known to differ in shape."""
+    known = list(node.meta.get("candidate_shapes", {}).values())
+    for k, shape in enumerate(known):
+        if shape != known[0]:
+            raise SpaceError(unlike_shapes(label, known, k, f" ({provenance(node).site})"))

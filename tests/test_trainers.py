@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 import nasfx
-from nasfx import CheckpointError, InputChoice, LayerChoice, SearchError, SpaceError
+from nasfx import CheckpointError, InputChoice, LayerChoice, ProfileError, SearchError, SpaceError
+from nasfx.costs import FunctionSource
 from nasfx.strategies import Darts, Enas, FBNet, Proxyless, SinglePath
 from nasfx.trainers import (
     BaseOneShotTrainer,
@@ -467,9 +468,19 @@ def test_warmup_epochs_train_the_weights_alone(data: Any) -> None:
     assert trainer.net.strategy == Proxyless()
 
 
-def test_applied_hardware_is_refused(data: Any) -> None:
-    with pytest.raises(SearchError, match="cannot predict latency as an objective yet"):
-        made(ProxylessTrainer, data, applied_hardware="cortexA76cpu_tflite21")
+def test_applied_hardware_is_what_the_regulariser_expects(data: Any) -> None:
+    options: dict[str, Any] = {
+        "grad_reg_loss_type": "add#linear", "grad_reg_loss_params": {"lambda": 0.5},
+        "dummy_input": (1, 3, 64, 64), "ref_latency": 3.0,
+    }  # fmt: skip
+    phone = FunctionSource(lambda part: float(len(part.paths)), "phone")
+    trainer = made(ProxylessTrainer, data, applied_hardware=phone, **options)
+    (objective,) = trainer.net.objectives
+    assert (objective.name, objective.target, objective.loss) == ("latency:phone", 3.0, "add#linear")
+    with pytest.raises(ProfileError, match="no predictor named 'cortexA76'"):
+        made(ProxylessTrainer, data, applied_hardware="cortexA76", **options)
+    with pytest.raises(SearchError, match="no effect without grad_reg_loss_type"):
+        made(ProxylessTrainer, data, applied_hardware=phone)
 
 
 SIZE = 512 * 512
@@ -592,6 +603,21 @@ def test_the_loss_of_fbnet_is_that_of_the_mode(mode: str, data: Any) -> None:
         expected = l * 0.3 * math.log(cost) ** 0.4 if mode == "mul" else l + 0.3 * cost**0.4
         assert net.objective(loss).item() == pytest.approx(expected, rel=1e-5)
         net.objective(loss).backward()
+
+
+@pytest.mark.parametrize("mode", ["mul", "add"])
+def test_a_table_of_too_low_costs_is_an_error_that_says_what_helps(mode: str, data: Any) -> None:
+    def trainer(fixed: float) -> FBNetTrainer:
+        table = LookUpTable(NASConfig(mode=mode, start_epoch=0))
+        table.costs = {"block": {"conv3": 9.0, "conv1": 1.0, "skip": 0.001}}
+        table.fixed = fixed
+        return fbnet(data, table.config, Net(), table=table)
+
+    with pytest.raises(SearchError, match="of the cost, which must be above") as error:
+        trainer(0.0)
+    (note,) = [text for text in error.value.__notes__ if "lookup table" in text]
+    assert "`fixed`" in note
+    trainer(1.5)
 
 
 def test_constants_of_the_config_reach_the_search(data: Any) -> None:

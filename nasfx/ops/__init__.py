@@ -14,6 +14,7 @@ from nasfx.ops.gates import Gate as Gate
 from nasfx.ops.gates import binary_gate as binary_gate
 from nasfx.ops.gates import gumbel_logits as gumbel_logits
 from nasfx.ops.gates import inclusion_gate as inclusion_gate
+from nasfx.ops.gates import pair_gate as pair_gate
 from nasfx.ops.gates import softmax_gate as softmax_gate
 from nasfx.ops.mix import mix as mix
 from nasfx.ops.select import Deferred as Deferred

@@ -110,8 +110,13 @@ class ArchState(nn.Module):
         super().__init__()
         self.state = SearchState(candidate_names, n_chosen or {}, seed)
         for label in (*alphas, *candidate_names):
-            if hasattr(self, label) or (label in alphas and keyword.iskeyword(label)):
+            if hasattr(self, label):
                 raise SpaceError(f"label {label!r} is reserved; give the choice another one")
+            if label in alphas and keyword.iskeyword(label):
+                raise SpaceError(
+                    f"label {label!r} is reserved: a graph cannot read a parameter that is named "
+                    "by a Python keyword; give the choice another one"
+                )
         for label, alpha in alphas.items():
             self.register_parameter(label, nn.Parameter(alpha))
 

@@ -142,13 +142,38 @@ def binary_gate(
         hot[names.index(decision)] = 1
     elif decision:
         hot[list(decision)] = 1
-    if pair is None:
-        p = inclusion_probabilities(alpha, n_chosen)
-    else:
-        p = torch.zeros_like(alpha).index_put(
-            (torch.tensor(pair, device=alpha.device),), torch.softmax(alpha[list(pair)], -1)
-        )
+    p = inclusion_probabilities(alpha, n_chosen) if pair is None else _of_pair(alpha, pair)
     return Gate(hot + (p - p.detach()), decision, pair)
+
+
+@graph_function
+def pair_gate(alpha: Tensor, pair: tuple[int, ...] | None = None, label: str = "") -> Tensor:
+    """softmax(alpha), shape (candidates,), whose gradient is that of a softmax over `pair` alone.
+
+    What costs are weighted by where two paths are drawn. For E = sum_k p_k c_k and q the softmax
+    over the pair (i, j), dE/dalpha_i = q_i q_j (c_i - c_j) = -dE/dalpha_j, and 0 for the others.
+    Times p_i + p_j this is the derivative of E where the probabilities of the others are kept.
+
+    Args:
+        alpha: the architecture parameters, shape (candidates,).
+        pair: the indices of the two candidates that take part; None for the plain softmax.
+        label: the choice's label, for the reader of the graph.
+
+    Source: ProxylessNAS (arXiv 1812.00332), section 3.2.1 and equation 5. In the authors' code the
+    value of E, too, is that of the pair alone.
+    """
+    del label
+    p = torch.softmax(alpha, -1)
+    if pair is None:
+        return p
+    of_pair = _of_pair(alpha, pair)
+    return p.detach() + (of_pair - of_pair.detach())
+
+
+def _of_pair(alpha: Tensor, pair: tuple[int, ...]) -> Tensor:
+    """A softmax over the candidates of `pair`; 0 for the others."""
+    where = torch.tensor(pair, device=alpha.device)
+    return torch.zeros_like(alpha).index_put((where,), torch.softmax(alpha[where], -1))
 
 
 def draw_subset(alpha: Tensor, n_chosen: int | None, generator: torch.Generator) -> tuple[int, ...]:

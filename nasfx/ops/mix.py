@@ -68,8 +68,8 @@ def unlike_shapes(label: str, shapes: Sequence[Any], k: int, where: str = "") ->
         for s in shapes
     )
     return (
-        f"choice {label!r}{where}: a weighted sum needs outputs of one shape, but candidate {k} "
-        "differs: "
-        f"{listed}. Make the candidates agree (stride, padding, channels), or use a strategy that "
-        "samples one path"
+        f"choice {label!r}{where}: a weighted sum, or the gradient of a gate, needs outputs of one "
+        f"shape, but candidate {k} differs: {listed}. Make the candidates agree (stride, padding, "
+        "channels), or use a strategy that samples one path and gives its gate no gradient, such "
+        "as 'enas' or 'single-path'"
     )

@@ -54,6 +54,12 @@ class Schedule:
     recalibrate: int = 0
 
 
+def check_recalibrate(n: Any) -> None:
+    """Refuse a `recalibrate` that is no number of batches."""
+    if not isinstance(n, int) or n is True or n < 0:
+        raise SearchError(f"recalibrate={n!r} must be a number of batches, or 0 for none")
+
+
 @dataclass(frozen=True)
 class Strategy(ABC):
     """A search strategy. Instances hold options only, so one may serve several nets.
@@ -75,6 +81,13 @@ class Strategy(ABC):
     @abstractmethod
     def passes(self, space: SearchSpace) -> tuple[Pass, ...]:
         """The passes from stage CHOICE to stage SUPERNET."""
+
+    def check(self, space: SearchSpace) -> None:  # noqa: B027  # most have nothing to refuse
+        """Refuse what cannot be searched, once the space knows its costs and bounds.
+
+        Raises:
+            SearchError: as said.
+        """
 
     @abstractmethod
     def candidates(self, choice: SpaceChoice) -> tuple[Any, ...]:

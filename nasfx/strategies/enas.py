@@ -20,7 +20,7 @@ from nasfx.passes import DeferProducers, LowerSampledPath
 from nasfx.rewriting.editing import identifier
 from nasfx.rewriting.passes import Pass
 from nasfx.space import SearchSpace
-from nasfx.strategies.base import Evaluate, Schedule, Strategy
+from nasfx.strategies.base import Evaluate, Schedule, Strategy, check_recalibrate
 from nasfx.strategies.controller import Controller, Question
 from nasfx.strategies.random_search import best_of, generator_of
 
@@ -109,6 +109,7 @@ class Enas(Strategy):
             raise SearchError(f"Enas(steps={self.steps}): it must be at least 1, or None")
         if self.grad_clip is not None and self.grad_clip <= 0:
             raise SearchError(f"Enas(grad_clip={self.grad_clip}): it must be positive, or None")
+        check_recalibrate(self.recalibrate)
 
     @classmethod
     def macro(cls, **options: Any) -> Self:

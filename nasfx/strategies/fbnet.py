@@ -23,6 +23,7 @@ from nasfx.strategies.base import (
     Schedule,
     Strategy,
     best_fitting,
+    check_recalibrate,
     derive_most_probable,
     draw_decision,
 )
@@ -72,6 +73,7 @@ class FBNet(Strategy):
                 raise SearchError(f"FBNet({name}={value!r}): it must be a positive number")
         if self.final_samples < 0:
             raise SearchError(f"FBNet(final_samples={self.final_samples}): it must not be negative")
+        check_recalibrate(self.recalibrate)
 
     @property
     def schedule(self) -> Schedule:

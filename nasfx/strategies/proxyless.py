@@ -7,14 +7,16 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from nasfx.architecture import Architecture, SpaceChoice
 from nasfx.choice import Decision
+from nasfx.costs.graph import Chance
 from nasfx.errors import SearchError
 from nasfx.ops.arch_state import ArchState
-from nasfx.ops.gates import log_probability
+from nasfx.ops.gates import log_probability, pair_gate
 from nasfx.passes import DeferProducers, FunctionalizeInplace, LowerBinaryGate, LowerSampledPath
+from nasfx.rewriting.editing import gate_node, identifier
 from nasfx.rewriting.passes import Pass
 from nasfx.space import SearchSpace
 from nasfx.strategies.base import (
@@ -47,8 +49,14 @@ class Proxyless(Strategy):
             backward. "full": they run in forward, the same gradient. "two": an arch step draws two
             candidates by p without replacement, softmax over these two decides which is active, and
             only their alphas learn; after the optimizer's step both are moved by the same amount,
-            so that the probabilities of the others are as before (section 3.2.1). The gradient of
-            an objective's cost reaches all alphas all the same.
+            so that the probabilities of the others are as before (section 3.2.1). An objective's
+            cost E reaches the same two: with q their softmax and c_k the cost of candidate k,
+            dE/dalpha_i = q_i q_j (c_i - c_j) = -dE/dalpha_j. So a step of plain SGD on E alone
+            moves probability from the dearer to the cheaper of the two and nowhere else: each
+            small enough one, after one arch step, lowers E, or leaves it where both cost the same.
+            (The gradient of sum_k p_k c_k, followed by the rescaling, may raise E: a dear but rare
+            candidate gains on a frequent one.) This is the gradient of the authors' code, which
+            takes the value of E for the two alone, too; here it is that of all candidates.
         estimator: "gradient", as above. "reinforce" (section 3.3.2): the gates are trained from the
             rewards R of drawn paths, with gradient mean_j (R_j - b) d(-log p_j)/dalpha over the
             draws of an optimizer step; the baseline b starts as the first mean of the rewards, and
@@ -116,6 +124,16 @@ class Proxyless(Strategy):
         if self.rewarded:
             arch.state.register_buffer("baseline", torch.tensor(torch.nan, dtype=torch.float64))
         return arch
+
+    def chance(self, graph: fx.Graph, choice: SpaceChoice) -> Chance | None:
+        """The softmax of the alphas; of two paths, with the gradient of the step's pair."""
+        if self.gate != "two":
+            return super().chance(graph, choice)
+        label = choice.label
+        name = f"pair_{identifier(label)}"
+        pair = graph.create_node("call_module", "arch", (label, "pair"), name=name)
+        gate = gate_node(graph, pair_gate, self.logits(graph, label), label, pair)
+        return Chance(gate, self.candidates(choice))
 
     # -- steps -------------------------------------------------------------------------------------
 

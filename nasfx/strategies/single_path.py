@@ -20,7 +20,7 @@ from nasfx.ops.expectation import uniform_gate
 from nasfx.passes import DeferProducers, LowerSampledPath
 from nasfx.rewriting.passes import Pass
 from nasfx.space import SearchSpace
-from nasfx.strategies.base import Evaluate, Schedule, Strategy
+from nasfx.strategies.base import Evaluate, Schedule, Strategy, check_recalibrate
 from nasfx.strategies.population import Population
 
 _TRIES = 500  # draws until a path lies in its bin
@@ -44,9 +44,7 @@ class UniformPaths(Strategy):
     samples: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        n = self.recalibrate
-        if not isinstance(n, int) or n is True or n < 0:
-            raise SearchError(f"recalibrate={n!r} must be a number of batches, or 0 for none")
+        check_recalibrate(self.recalibrate)
 
     @property
     def schedule(self) -> Schedule:
@@ -149,15 +147,9 @@ class SinglePath(UniformPaths):
             arch.state.queues = Queues({c.label: len(c.choosable) for c in choices})
         return arch
 
-    def draw(self, arch: ArchState, space: SearchSpace) -> dict[str, Decision]:
-        """Draw every label uniformly; with `bins` until the path's cost lies in a drawn bin.
-
-        Raises:
-            SearchError: `bins` of a cost that the net does not know.
-        """
-        if self.bins is None:
-            return super().draw(arch, space)
-        if self.bins_of not in space.costs:
+    def check(self, space: SearchSpace) -> None:
+        """Refuse `bins` of a cost that the net does not know."""
+        if self.bins is not None and self.bins_of not in space.costs:
             known = ", ".join(map(repr, space.costs)) or "none"
             raise SearchError(
                 f"SinglePath(bins={self.bins}) draws paths by their {self.bins_of!r}, a cost that "
@@ -165,6 +157,11 @@ class SinglePath(UniformPaths):
                 "transform, nasfx.transform(model, strategy, objective=nasfx.Flops(), "
                 "example_inputs=x) for 'flops'"
             )
+
+    def draw(self, arch: ArchState, space: SearchSpace) -> dict[str, Decision]:
+        """Draw every label uniformly; with `bins` until the path's cost lies in a drawn bin."""
+        if self.bins is None:
+            return super().draw(arch, space)
         cost = space.costs[self.bins_of]
         low, high, step = self.bins
         count = round((high - low) / step)

@@ -66,60 +66,84 @@ class FBNetTrainer(SearchTrainer):
     ) -> None:
         self.config, self.arch_path, self.logger = lookup_table.config, arch_path, logger
         inputs = first_inputs(train_loader, model)
-        if not lookup_table.costs:
-            lookup_table.count(model, inputs)
-            if self.config.model_dir is not None:
-                lookup_table.save()
+        _fill(lookup_table, model, inputs)
         warm = self.config.start_epoch
-        super().__init__(
-            model,
-            FBNet(temperature=self.config.init_temperature, anneal=self.config.exp_anneal_rate),
-            loss=criterion,
-            metrics=None,
-            optimizer=model_optim,
-            epochs=n_epochs - warm if load_ckpt else n_epochs,
-            loaders=(train_loader, valid_loader),
-            device=_one_device(device, device_ids),
-            log_frequency=None if logger is None else len(train_loader),
-            warmup=0 if load_ckpt else warm,
-            arch=_arch_options(self.config),
-            objective=_objective(lookup_table),
-            example_inputs=inputs,
-        )
+        with _explained():
+            super().__init__(
+                model,
+                FBNet(temperature=self.config.init_temperature, anneal=self.config.exp_anneal_rate),
+                loss=criterion,
+                metrics=None,
+                optimizer=model_optim,
+                epochs=n_epochs - warm if load_ckpt else n_epochs,
+                loaders=(train_loader, valid_loader),
+                device=_one_device(device, device_ids),
+                log_frequency=None if logger is None else len(train_loader),
+                warmup=0 if load_ckpt else warm,
+                arch=_arch_options(self.config),
+                objective=_objective(lookup_table),
+                example_inputs=inputs,
+            )
         if load_ckpt:
             _load(_checkpoint(self.config), self.net, self.optimizers)
 
     def fit(self) -> None:
         """Search, then write the checkpoint and the architecture where they are asked for."""
-        with self._cosine():
+        batches = len(self.train_loader)
+        with _cosine(self.optimizers[0], self.epochs, lambda: self._steps % batches == 0):
             super().fit()
         if self.config.model_dir is not None:
             _save(_checkpoint(self.config), self.net, self.optimizers)
         if self.arch_path is not None:
             self.export(self.arch_path)
 
-    @contextmanager
-    def _cosine(self) -> Generator[None, None, None]:
-        """Within the block, the learning rate of the weights falls after every epoch."""
-        optimizer, batches = self.optimizers[0], len(self.train_loader)
-        rates = [group["lr"] for group in optimizer.param_groups]
-        schedule = CosineAnnealingLR(optimizer, self.epochs)
-
-        def after_step(*_: Any) -> None:
-            if self._steps % batches == 0:
-                schedule.step()
-
-        hook = optimizer.register_step_post_hook(after_step)
-        try:
-            yield
-        finally:
-            hook.remove()
-            for group, rate in zip(optimizer.param_groups, rates, strict=True):
-                group["lr"] = rate
-
     def _log(self, line: str) -> None:
         assert self.logger is not None
         self.logger.info(line)
+
+
+def _fill(table: LookUpTable, model: nn.Module, inputs: Any) -> None:
+    """Count an empty table, and save it where the config has a `model_dir`."""
+    if table.costs:
+        return
+    table.count(model, inputs)
+    if table.config.model_dir is not None:
+        table.save()
+
+
+@contextmanager
+def _explained() -> Generator[None, None, None]:
+    """Within the block, the error of a cost that is too small says where costs come from."""
+    try:
+        yield
+    except SearchError as error:
+        if "of the cost, which must be above" in str(error):
+            error.add_note(
+                "the costs are those of the lookup table: set its `fixed` to what every "
+                "architecture costs beside the choices"
+            )
+        raise
+
+
+@contextmanager
+def _cosine(
+    optimizer: torch.optim.Optimizer, epochs: int, epoch_is_over: Callable[[], bool]
+) -> Generator[None, None, None]:
+    """Within the block, the learning rate falls after the last step of every epoch."""
+    rates = [group["lr"] for group in optimizer.param_groups]
+    schedule = CosineAnnealingLR(optimizer, epochs)
+
+    def after_step(*_: Any) -> None:
+        if epoch_is_over():
+            schedule.step()
+
+    hook = optimizer.register_step_post_hook(after_step)
+    try:
+        yield
+    finally:
+        hook.remove()
+        for group, rate in zip(optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate
 
 
 def _checkpoint(config: NASConfig) -> Path:

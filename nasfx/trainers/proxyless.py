@@ -9,7 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from nasfx.costs.objectives import Flops
+from nasfx.costs.latency import Latency
+from nasfx.costs.objectives import Flops, Objective
+from nasfx.costs.sources import LatencySource
 from nasfx.errors import NasfxError, SearchError
 from nasfx.strategies import Proxyless
 from nasfx.trainers.base import SearchTrainer, halves
@@ -20,8 +22,8 @@ _PARAMETERS = {"mul#log": ("alpha", "beta"), "add#linear": ("lambda",)}  # by ty
 class ProxylessTrainer(SearchTrainer):
     """ProxylessNAS (arXiv 1812.00332), with the parameters of NNI's ProxylessTrainer.
 
-    See `nasfx.Proxyless`. NNI regularises by a latency that nn-Meter predicts. Here it is the
-    expected multiply-accumulates, in millions, of the whole net; `ref_latency` is their target.
+    See `nasfx.Proxyless`. The regulariser is of the whole net: its expected latency where there is
+    `applied_hardware`, else its expected multiply-accumulates.
 
     Args:
         model: the model, with choices.
@@ -41,12 +43,15 @@ class ProxylessTrainer(SearchTrainer):
             ref_latency) ** beta, "add#linear" for loss + lambda * (E - ref_latency) / ref_latency,
             or None for the loss alone.
         grad_reg_loss_params: "alpha" and "beta" for "mul#log", "lambda" for "add#linear".
-        applied_hardware: must be None.
+        applied_hardware: what E is: the latency in ms on this device, one of
+            `nasfx.known_hardware()`, the folder of a predictor, or a source of `nasfx.costs`. None
+            for multiply-accumulates in millions.
         dummy_input: the shape of the input that costs are counted for, whatever its batch size.
-        ref_latency: the target of E, in millions of multiply-accumulates.
+        ref_latency: the target of E.
 
     Raises:
-        SearchError: an argument that cannot be used; `applied_hardware` is given.
+        SearchError: an argument that cannot be used.
+        ProfileError: a latency that is not known for `applied_hardware`.
     """
 
     def __init__(
@@ -65,17 +70,13 @@ class ProxylessTrainer(SearchTrainer):
         arc_learning_rate: float = 0.001,
         grad_reg_loss_type: str | None = None,
         grad_reg_loss_params: Mapping[str, float] | None = None,
-        applied_hardware: str | None = None,
+        applied_hardware: str | LatencySource | None = None,
         dummy_input: Sequence[int] = (1, 3, 224, 224),
         ref_latency: float = 65.0,
     ) -> None:
-        if applied_hardware is not None:
-            raise SearchError(
-                f"applied_hardware={applied_hardware!r}: nasfx cannot predict latency as an "
-                "objective yet; leave it out and use grad_reg_loss_type, which regularises "
-                "multiply-accumulates, with ref_latency in millions of them"
-            )
-        objective = _objective(grad_reg_loss_type, grad_reg_loss_params or {}, ref_latency)
+        objective = _objective(
+            grad_reg_loss_type, grad_reg_loss_params or {}, applied_hardware, ref_latency
+        )
         try:
             super().__init__(
                 model,
@@ -98,7 +99,12 @@ class ProxylessTrainer(SearchTrainer):
             raise
 
 
-def _objective(kind: str | None, given: Mapping[str, float], target: float) -> Flops | None:
+def _objective(
+    kind: str | None,
+    given: Mapping[str, float],
+    hardware: str | LatencySource | None,
+    target: float,
+) -> Objective | None:
     if kind is not None and kind not in _PARAMETERS:
         known = (*_PARAMETERS, None)
         raise SearchError(f"grad_reg_loss_type={kind!r} must be one of {known}")
@@ -109,10 +115,17 @@ def _objective(kind: str | None, given: Mapping[str, float], target: float) -> F
             f"{list(names)}"
         )
     if kind is None:
+        if hardware is not None:
+            raise SearchError(
+                f"applied_hardware={hardware!r} has no effect without grad_reg_loss_type, which "
+                "says how the latency is weighed against the loss"
+            )
         return None
     constants: dict[str, Any] = {
         "lambda_" if name == "lambda" else name: value for name, value in given.items()
     }
+    if hardware is not None:
+        return Latency(hardware, target, loss=kind, **constants)
     return Flops(target, unit="M", loss=kind, **constants)
 
 

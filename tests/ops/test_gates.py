@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from nasfx.ops import Gate, binary_gate, inclusion_gate, softmax_gate
+from nasfx.ops import Gate, binary_gate, inclusion_gate, pair_gate, softmax_gate
 from nasfx.ops.gates import draw_subset
 
 SIZES = [(1, 1), (3, 1), (3, 2), (3, 3), (5, 2), (5, 4), (6, 3), (4, None), (1, None)]
@@ -38,6 +38,20 @@ def test_inclusion_is_that_of_all_subsets(n: int, k: int | None) -> None:
     )
     if k is not None:
         assert found.sum().item() == pytest.approx(k, abs=1e-12)
+
+
+def test_the_gate_of_a_pair_has_the_value_of_all_and_the_gradient_of_two() -> None:
+    alpha = alphas(5).requires_grad_()
+    c = torch.tensor([3.0, 1.0, 7.0, 20.0, 5.0], dtype=torch.float64)
+    found = pair_gate(alpha, (3, 1))
+    torch.testing.assert_close(found, alpha.softmax(0), rtol=1e-15, atol=0)
+    (found * c).sum().backward()
+    q = alpha.detach()[[3, 1]].softmax(0)
+    expected = torch.zeros(5, dtype=torch.float64)
+    expected[3] = q[0] * q[1] * (c[3] - c[1])
+    expected[1] = -expected[3]
+    torch.testing.assert_close(alpha.grad, expected, rtol=1e-13, atol=0)
+    assert torch.autograd.gradcheck(pair_gate, alpha)
 
 
 @pytest.mark.parametrize(("n", "k"), SIZES)

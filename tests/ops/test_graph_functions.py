@@ -16,11 +16,12 @@ from nasfx.ops import (
     graph_function,
     inclusion_gate,
     mix,
+    pair_gate,
     softmax_gate,
 )
 from nasfx.rewriting.printing import function_name
 
-FUNCTIONS = [binary_gate, demanded, inclusion_gate, mix, softmax_gate]
+FUNCTIONS = [binary_gate, demanded, inclusion_gate, mix, pair_gate, softmax_gate]
 
 
 class _Tripled(torch.autograd.Function):
@@ -67,6 +68,7 @@ def test_functions_print_and_pickle_by_their_public_name(function: Callable[...,
     "code",
     [
         lambda x: softmax_gate(x, label="a"),
+        lambda x: pair_gate(x, (0, 2), label="a"),
         lambda x: inclusion_gate(x, 2, label="a"),
         lambda x: inclusion_gate(alpha=x, n_chosen=None, mean=True),
         lambda x: mix(torch.ones(2), [x, x], label="a"),

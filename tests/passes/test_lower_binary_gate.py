@@ -142,3 +142,11 @@ def test_a_choice_may_be_followed_by_an_activation_in_place(inputs: bool, index:
     (alpha,) = net.arch_parameters()
     p = alpha.detach().softmax(0)
     torch.testing.assert_close(alpha.grad, p * (b - p @ b), rtol=1e-10, atol=1e-12)
+
+
+def test_candidates_of_unlike_shapes_are_refused_where_shapes_are_known() -> None:
+    choice = LayerChoice({"a": nn.Linear(4, 4), "b": nn.Linear(4, 5)}, label="c")
+    model = nn.Sequential(nn.Linear(3, 4), choice)
+    with pytest.raises(SpaceError, match=r"choice 'c' .*candidate 1 differs: \(2, 4\), \(2, 5\)"):
+        nasfx.transform(model, "proxyless", example_inputs=torch.randn(2, 3))
+    nasfx.transform(model, "single-path", example_inputs=torch.randn(2, 3))

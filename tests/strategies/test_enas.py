@@ -435,6 +435,7 @@ def test_the_constants_are_those_of_the_authors() -> None:
         ({"baseline_decay": 1.5}, r"Enas\(baseline_decay=1.5\): it must be between 0 and 1"),
         ({"steps": 0}, r"Enas\(steps=0\): it must be at least 1, or None"),
         ({"grad_clip": 0.0}, r"Enas\(grad_clip=0.0\): it must be positive, or None"),
+        ({"recalibrate": -1}, r"recalibrate=-1 must be a number of batches, or 0"),
     ],
 )
 def test_options_out_of_range(options: dict[str, Any], message: str) -> None:

@@ -480,7 +480,7 @@ def test_only_what_keeps_within_the_bounds_is_evaluated() -> None:
 
 
 def test_a_label_that_is_a_keyword_is_refused() -> None:
-    with pytest.raises(nasfx.SpaceError, match=r"label 'in' is reserved"):
+    with pytest.raises(nasfx.SpaceError, match=r"label 'in' is reserved: .* Python keyword"):
         nasfx.transform(nn.Sequential(LayerChoice([nn.Tanh(), nn.ReLU()], label="in")), "fbnet")
 
 
@@ -494,6 +494,7 @@ def test_a_label_that_is_a_keyword_is_refused() -> None:
         ({"temperature": "5"}, r"temperature='5'"),
         ({"anneal": 0.0}, r"FBNet\(anneal=0.0\): it must be a positive number"),
         ({"final_samples": -1}, r"FBNet\(final_samples=-1\): it must not be negative"),
+        ({"recalibrate": -1}, r"recalibrate=-1 must be a number of batches, or 0"),
     ],
 )
 def test_options_out_of_range(options: dict[str, Any], message: str) -> None:

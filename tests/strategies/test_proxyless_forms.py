@@ -338,7 +338,7 @@ def test_active_zeros_are_skipped_where_asked(skip_zero: bool, gate: str, cost: 
             withheld = skip_zero and zero[label]
             assert (alpha.grad is None) == withheld
             if alpha.grad is not None:
-                nothing = gate == "two" and cost is None and _both_zero(net, label)
+                nothing = gate == "two" and _both_zero(net, label)
                 assert bool(alpha.grad.any()) != nothing
         arch.step()
         for label, alpha in alphas_of(net).items():

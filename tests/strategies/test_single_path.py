@@ -181,9 +181,21 @@ def test_conclude_keeps_within_the_bounds_and_training_does_not() -> None:
 # -- bins -----------------------------------------------------------------------------------------
 
 
-def binned(bins: tuple[float, float, float], **options: Any) -> nasfx.Supernet:
-    net = nasfx.transform(wide(), SinglePath(bins=bins, **options), seed=3)
-    net.space.costs = {options.get("bins_of", "flops"): number}
+def binned(
+    bins: tuple[float, float, float],
+    bins_of: str = "flops",
+    model: nn.Module | None = None,
+    cost: Callable[[Architecture], float] = number,
+) -> nasfx.Supernet:
+    """A net that draws by `cost`, in the place of one that is declared."""
+    net = nasfx.transform(
+        model or wide(),
+        SinglePath(bins=bins, bins_of=bins_of),
+        seed=3,
+        example_inputs=batch()[0],
+        objective=nasfx.CustomCost(costs=lambda call: 0.0, title=bins_of),
+    )
+    net.space.costs = {bins_of: cost}
     return net
 
 
@@ -227,26 +239,24 @@ def test_after_500_tries_the_path_is_any() -> None:
 
 
 def test_bins_count_only_what_is_active() -> None:
-    net = nasfx.transform(built(Nested), SinglePath(bins=(2, 2.5, 0.5)))
-    net.space.costs = {"flops": len}
+    net = binned((2, 2.5, 0.5), model=built(Nested), cost=len)
     for _ in range(20):
         with net.weight_step():
             assert set(drawn(net)) == {"outer", "inner", "direct", "tied"}
             assert set(net.path) == {"outer", "tied"}
-    net = nasfx.transform(built(Nested), SinglePath(bins=(4, 5, 1)))
-    net.space.costs = {"flops": len}
+    net = binned((4, 5, 1), model=built(Nested), cost=len)
     assert len(net.sample()) < 4  # no canonical one has all four
 
 
 def test_bins_of_a_cost_that_the_net_does_not_know_are_an_error() -> None:
-    net = nasfx.transform(wide(), SinglePath(bins=(0, 10, 5)))
-    net.space.costs = {"params": number}
     match = r"'flops', a cost .* \(it knows 'params'\): declare it .*objective=nasfx\.Flops\(\)"
-    with pytest.raises(SearchError, match=match), net.weight_step():
-        pass
     with pytest.raises(SearchError, match=match):
-        net.sample()
-    assert not net.in_step
+        nasfx.transform(
+            wide(),
+            SinglePath(bins=(0, 10, 5)),
+            example_inputs=batch()[0],
+            objective=nasfx.Params(max=1e6),
+        )
 
 
 @pytest.mark.parametrize(
