@@ -103,6 +103,8 @@ def _same_state(value: Any, original: Any) -> bool:
     if isinstance(value, torch.Tensor):
         if value.shape != original.shape:
             return False
+        if value.is_meta or original.is_meta:
+            return value.is_meta and original.is_meta and value.dtype == original.dtype
         return torch.equal(value, original) or bool(
             ((value == original) | ((value != value) & (original != original))).all()
         )

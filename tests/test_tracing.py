@@ -1186,3 +1186,9 @@ def test_a_result_kept_in_an_attribute_does_not_hinder_tracing() -> None:
     traced = trace(model)
     assert torch.equal(traced(rows()), before)
     assert model[0].last is kept
+
+
+def test_a_model_without_storage_is_traced() -> None:
+    with torch.device("meta"):
+        model = nn.Sequential(LayerChoice([nn.BatchNorm2d(4), nn.Identity()], label="c"))
+    assert nasfx.search_space(model).size == 2
