@@ -18,7 +18,8 @@ from nasfx.architecture import Architecture, SpaceChoice
 from nasfx.choice import Choice, Decision, LayerChoice
 from nasfx.errors import SpaceError
 from nasfx.places import Activity, Condition, Literal, Place, literal_holds, places_of
-from nasfx.rewriting.effects import gives_zeros
+from nasfx.rewriting.editing import is_identity
+from nasfx.rewriting.effects import adds_to_input, gives_zeros
 from nasfx.tracing import TracedModel, trace
 
 
@@ -307,11 +308,23 @@ def space_of(traced: TracedModel) -> SearchSpace:
 
 
 def _zeros(traced: TracedModel, paths: Sequence[str]) -> tuple[str, ...]:
-    """The candidates that give zeros at all places of a label."""
+    """The candidates that add nothing at all places of a label.
+
+    They give zeros, or the residual connection is inside the other candidates, all of which add to
+    their input, and they give that input alone.
+    """
     choices = [traced.get_submodule(path) for path in paths]
     layers = [choice for choice in choices if isinstance(choice, LayerChoice)]
     return tuple(
         name
         for name in (layers[0].candidates if layers else ())
-        if all(gives_zeros(choice._modules[name]) for choice in layers)
+        if all(_adds_nothing(choice, name) for choice in layers)
     )
+
+
+def _adds_nothing(choice: LayerChoice, name: str) -> bool:
+    candidate = choice._modules[name]
+    if candidate is None or not is_identity(candidate):
+        return gives_zeros(candidate)
+    others = [m for _, m in choice.named_candidates() if not is_identity(m)]
+    return bool(others) and all(map(adds_to_input, others))

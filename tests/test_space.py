@@ -717,3 +717,23 @@ def test_an_architecture_from_json_runs(tmp_path: Path) -> None:
     x = example()
     with activated(model, arch):
         assert torch.equal(nasfx.finalize(model, arch)(x), model(x))
+
+
+class _Residual(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(4, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.conv(x)
+
+
+@pytest.mark.parametrize(
+    ("other", "zeros"), [(_Residual, ("skip",)), (lambda: nn.Conv2d(4, 4, 1), ())]
+)
+def test_a_skip_adds_nothing_where_all_others_add_to_their_input(
+    other: Callable[[], nn.Module], zeros: tuple[str, ...]
+) -> None:
+    candidates = {"a": _Residual(), "b": other(), "skip": nn.Identity()}
+    (choice,) = nasfx.search_space(nn.Sequential(LayerChoice(candidates, label="c"))).choices
+    assert choice.zeros == zeros

@@ -164,3 +164,15 @@ def gives_zeros(module: nn.Module | None) -> bool:
         elif node.op == "output":
             return zeros.issuperset(inputs) and bool(inputs)
     return False
+
+
+def adds_to_input(module: nn.Module | None) -> bool:
+    """Whether a graph module returns its first input plus something else, by its structure."""
+    if not isinstance(module, fx.GraphModule):
+        return False
+    result = module.graph.output_node().args[0]
+    first = module.graph.find_nodes(op="placeholder")[0]
+    if not isinstance(result, fx.Node) or result.op not in ("call_function", "call_method"):
+        return False
+    name = str(getattr(result.target, "__name__", result.target))
+    return name in ("add", "iadd", "add_") and first in result.all_input_nodes

@@ -63,7 +63,8 @@ class Proxyless(Strategy):
             then goes 0.99 of the way to each, before it is used. As in the authors' code, where the
             reward is acc (ref / LAT)^0.1: an objective with loss "mul#power".
         skip_zero: no update of an alpha in steps in which the active candidate is a Zero (one whose
-            graph gives zeros), as in the authors' code; by default the paper's gradient is taken.
+            graph gives zeros, or that gives its input where all others add to it), as in the
+            authors' code; by default the paper's gradient is taken.
         arch_every: an arch step is taken before every so many weight steps, by `search`.
         draws: for "reinforce", paths for each optimizer step; on one batch.
 

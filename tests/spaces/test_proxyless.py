@@ -174,3 +174,8 @@ def test_the_widths_are_those_of_the_first_block_and_of_every_stage() -> None:
         widths.append((convs[0].in_channels, convs[-1].out_channels))
     assert widths == [(4, 6), (6, 10), (10, 10)]
     assert net(torch.zeros(1, 3, 16, 16)).shape == (1, 1000)
+
+
+def test_zero_is_known_as_the_block_that_adds_nothing() -> None:
+    model = proxyless.mobile(4, (4, 6), 8, 3, repeats=(2,), strides=(2,))
+    assert [choice.zeros for choice in nasfx.search_space(model).choices] == [(), ("zero",)]
