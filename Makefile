@@ -47,6 +47,7 @@ format: $(VENV)/.dev  ## apply formatting and the linter's safe fixes
 
 bench: $(VENV)/.dev  ## the benchmarks, as JSON
 	$(BIN)/python benchmarks/transform.py
+	$(BIN)/python benchmarks/latency.py
 
 clean:  ## remove the virtual environment and what the examples wrote
 	rm -rf $(VENV) quickstart-output

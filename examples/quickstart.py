@@ -1,4 +1,4 @@
-"""The main job, end to end, on real digits: search, finalize, retrain, export, measure.
+"""The main job, end to end, on real digits: search, finalize, retrain, export, predict, measure.
 
 Run by `make quickstart`. Data: the 1,797 handwritten digits (8x8) that scikit-learn ships. What is
 written goes to quickstart-output/. The figures say that everything works; on data this small they
@@ -21,10 +21,11 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import nasfx
 from nasfx import LayerChoice
+from nasfx.costs.calibration import QUICK
 
 OUTPUT = Path("quickstart-output")
 SEARCH_EPOCHS, WARMUP_EPOCHS, RETRAIN_EPOCHS, BATCH = 20, 8, 6, 64
-HARDWARE = "cortexA76cpu_tflite21"
+HARDWARE = OUTPUT / "this-machine"
 
 
 class Residual(nn.Sequential):
@@ -117,41 +118,33 @@ def retrain(subnet: nn.Module, data: dict[str, TensorDataset]) -> float:
 
 def measure(
     name: str, subnet: nn.Module, data: dict[str, TensorDataset], example: torch.Tensor
-) -> dict[str, float | str]:
+) -> dict[str, float]:
     """Retrain, export and time one subnet."""
-    figures: dict[str, float | str] = {"test %": retrain(subnet, data)}
+    figures: dict[str, float] = {"test %": retrain(subnet, data)}
     count = nasfx.count(subnet, example)
     figures |= {"params": count.params, "MACs": count.flops}
     onnx_path = nasfx.export_onnx(subnet, OUTPUT / f"{name}.onnx", example)
     mnn_path = nasfx.export_mnn(onnx_path, OUTPUT / f"{name}.mnn")
+    figures["predicted ORT ms"] = nasfx.profile(onnx_path, HARDWARE).milliseconds
     figures["ORT ms"] = nasfx.onnxruntime_milliseconds(onnx_path)
     figures["MNN ms"] = nasfx.mnn_milliseconds(mnn_path)
-    try:
-        figures["nn-Meter ms"] = nasfx.profile(onnx_path, HARDWARE).milliseconds
-    except nasfx.ProfileError as error:
-        figures["nn-Meter ms"] = str(error)
     return figures
 
 
-def shown(rows: dict[str, dict[str, float | str]]) -> tuple[Table, str]:
-    """The closing table, and why nn-Meter predicted nothing, if so."""
-    measured = "times in ONNX Runtime (ORT) and MNN are measured on this machine, not on a phone"
-    table = Table(title=f"{measured}: batch 1, one thread")
+def shown(rows: dict[str, dict[str, float]]) -> Table:
+    """The closing table."""
+    table = Table(
+        title="batch 1, one thread, on this machine and not on a phone: predicted by the quick "
+        "calibration, and measured in ONNX Runtime (ORT) and MNN"
+    )
     table.add_column("subnet")
     for column in next(iter(rows.values())):
         table.add_column(column, justify="right")
     formats = {"test %": ".1f", "params": ",.0f", "MACs": ",.0f"}
-    reason = ""
     for name, figures in rows.items():
-        cells = []
-        for column, value in figures.items():
-            if isinstance(value, str):
-                reason = value
-                cells.append("none")
-            else:
-                cells.append(format(value, formats.get(column, ".4f")))
+        cells = (format(v, formats.get(column, ".4f")) for column, v in figures.items())
         table.add_row(name, *cells)
-    return table, reason
+    return table
 
 
 def main() -> None:
@@ -189,30 +182,30 @@ def main() -> None:
     result.plot(OUTPUT / "search.png")
     result.architecture.to_json(OUTPUT / "architecture.json")
 
+    console.rule("a latency predictor for ONNX Runtime on this machine, calibrated in seconds")
+    generator = torch.Generator().manual_seed(7)
+    random = [nasfx.finalize(net, net.space.sample(generator)) for _ in range(5)]
+    space = [
+        nasfx.export_onnx(subnet, OUTPUT / f"random{i}.onnx", example)
+        for i, subnet in enumerate(random)
+    ]
+    calibration = nasfx.calibrate("onnxruntime", HARDWARE, space=space, **QUICK)
+    console.print(calibration.table())
+
     console.rule("found, largest and five random subnets, each retrained with the same budget")
     found = nasfx.finalize(net, result.architecture)
     console.print(f"found: {found.architecture}")
     console.print(f"certificate: {found.certificate}")
     largest = dict.fromkeys(("block1", "block2", "block3", "block4"), "conv5")
-    generator = torch.Generator().manual_seed(7)
-    random = [net.space.sample(generator) for _ in range(5)]
     rows = {"found": measure("found", found, data, example)}
     nasfx.write_module(found, OUTPUT / "found")
     rows["largest"] = measure("largest", nasfx.finalize(net, largest), data, example)
-    drawn = [
-        measure(f"random{i}", nasfx.finalize(net, arch), data, example)
-        for i, arch in enumerate(random)
-    ]
+    drawn = [measure(f"random{i}", subnet, data, example) for i, subnet in enumerate(random)]
     rows["mean of 5 random"] = {
-        column: first
-        if isinstance(first, str)
-        else statistics.mean(float(d[column]) for d in drawn)
-        for column, first in drawn[0].items()
+        column: statistics.mean(figures[column] for figures in drawn) for column in drawn[0]
     }
-    table, reason = shown(rows)
-    console.print(table)
-    if reason:
-        console.print(f"nn-Meter predicts nothing here: {reason}", highlight=False, markup=False)
+    console.print(shown(rows))
+    console.print(nasfx.profile(OUTPUT / "found.onnx", HARDWARE).table())
     console.print(f"written to {OUTPUT}/ in {time.perf_counter() - start:.0f} s")
 
 

@@ -32,6 +32,7 @@ from nasfx.tracing import TracedModel, trace
 from nasfx.transforming import transform
 
 if TYPE_CHECKING:
+    from nasfx.costs.calibration import Calibration, calibrate
     from nasfx.costs.count import Count, count
     from nasfx.costs.profiling import Profile, known_hardware, profile
     from nasfx.costs.runtimes import mnn_milliseconds, onnxruntime_milliseconds
@@ -54,6 +55,7 @@ __version__ = "0.1.0"
 
 # Imported at first use: Lightning, ONNX, MNN and nn-Meter take seconds, or may not be installed.
 _LAZY = {
+    "nasfx.costs.calibration": ("Calibration", "calibrate"),
     "nasfx.costs.count": ("Count", "count"),
     "nasfx.costs.profiling": ("Profile", "known_hardware", "profile"),
     "nasfx.costs.runtimes": ("mnn_milliseconds", "onnxruntime_milliseconds"),
@@ -70,6 +72,7 @@ _HOME = {name: module for module, names in _LAZY.items() for name in names}
 __all__ = [
     "Architecture",
     "BaseOneShotTrainer",
+    "Calibration",
     "CheckpointError",
     "Cost",
     "Count",
@@ -108,6 +111,7 @@ __all__ = [
     "TracedModel",
     "VerifyError",
     "activated",
+    "calibrate",
     "cost",
     "count",
     "evolve",

@@ -124,7 +124,8 @@ def finalize(
         **_check_outputs(traced, architecture, subnet, inputs),
         **_compare_supernet(net, architecture, subnet, inputs),
     }
-    kept = {"architecture": dict(architecture), "certificate": certificate}
+    kept: dict[str, Any] = {"architecture": dict(architecture), "certificate": certificate}
+    kept["_origins"] = _origins(subnet.graph, architecture)
     # fx carries attributes named here through deepcopy; pickle keeps them as they are.
     subnet.meta["_user_preserved_attributes"] = kept
     for name, value in kept.items():
@@ -220,6 +221,41 @@ def _plain_graph(gm: ModelGraph) -> fx.Graph:
         new.meta = {"nasfx": asdict(provenance(old))}
         new.meta |= {key: old.meta[key] for key in ("shape",) if key in old.meta}
     return graph
+
+
+def _origins(graph: fx.Graph, arch: Architecture) -> list[tuple[str, str, str]]:
+    """Where each call came from, as plain data that pickle keeps, unlike the meta of nodes."""
+    found: list[tuple[str, str, str]] = []
+    for node in _calls(graph):
+        origin = node.meta["nasfx"]
+        module = str(node.target) if node.op == "call_module" else origin["module"]
+        label, choice = origin["label"], ""
+        if label in arch:
+            decision = arch.decision(label)
+            value = decision if isinstance(decision, str) else ", ".join(map(str, decision))
+            choice = f"{label}: {value}"
+        found.append((_called(node), module, choice))
+    return found
+
+
+def _calls(graph: fx.Graph) -> list[fx.Node]:
+    return [node for node in graph.nodes if node.op.startswith("call_")]
+
+
+def _called(node: fx.Node) -> str:
+    return str(getattr(node.target, "__name__", node.target))
+
+
+def origins(gm: fx.GraphModule) -> dict[fx.Node, tuple[str, str]]:
+    """The module path and the choice ("label: decision", or "") of each call of a subnet.
+
+    Empty for other graph modules, and where the graph has other calls than `finalize` left in it.
+    """
+    recorded = getattr(gm, "_origins", [])
+    calls = _calls(gm.graph)
+    if [_called(node) for node in calls] != [called for called, _, _ in recorded]:
+        return {}
+    return {n: (module, choice) for n, (_, module, choice) in zip(calls, recorded, strict=True)}
 
 
 # -- the certificate -------------------------------------------------------------------------------

@@ -20,11 +20,12 @@ import sys
 import types
 import warnings
 import zipfile
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Collection, Generator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from nasfx.costs.kernels import OWN, element_counts, groups_of, own_predictor
 from nasfx.costs.predictors import predict
 from nasfx.errors import ProfileError
 
@@ -44,6 +45,8 @@ class Kernel:
         features: What the predictor was asked about; empty if nn-Meter has no features for it.
         milliseconds: The prediction, or None.
         reason: Why there is none, or what to know about it; else empty.
+        modules: Of each node the path of the user's module, "" where the file does not say.
+        choices: Of each node the choice that it stands in and its decision, "block: conv3", or "".
     """
 
     type: str
@@ -52,6 +55,8 @@ class Kernel:
     features: tuple[float, ...]
     milliseconds: float | None
     reason: str = ""
+    modules: tuple[str, ...] = ()
+    choices: tuple[str, ...] = ()
 
 
 class _Item(dict[str, Any]):
@@ -175,22 +180,48 @@ def _is_complete(folder: Path) -> bool:
     return (folder / "fusion_rules.json").is_file() and any(folder.glob("*.pkl"))
 
 
-def predictor_folder(hardware: str) -> Path:
+def _given_folder(folder: Path) -> Path:
+    import yaml
+
+    listed: list[str] = []
+    try:
+        if (folder / "meta.yaml").is_file():
+            listed = yaml.safe_load((folder / "meta.yaml").read_text())["kernel_predictors"]
+    except (KeyError, OSError, TypeError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ProfileError(f"{folder / 'meta.yaml'} is damaged: {error!r}.") from error
+    files = ["fusion_rules.json", *(f"{kernel}.pkl" for kernel in listed)]
+    missing = [name for name in files if not (folder / name).is_file()]
+    if missing or not _is_complete(folder):
+        raise ProfileError(
+            f"The folder {folder} does not hold the predictors of a device: there is no "
+            f"{', '.join(missing) or '<kernel>.pkl'}. Calibrate it again."
+        )
+    return folder.absolute()
+
+
+def predictor_folder(hardware: str | Path) -> Path:
     """The folder with the predictors of `hardware`, downloaded by nn-Meter if they are not there.
+
+    Args:
+        hardware: A name that nn-Meter knows, or a folder with predictors, such as `calibrate`
+            writes. A name that is both is nn-Meter's.
 
     Raises:
         ProfileError: If the name is unknown, or the files are missing and do not download.
     """
     known = predictors()
+    if hardware not in known and Path(hardware).is_dir():
+        return _given_folder(Path(hardware))
     if hardware not in known:
+        hardware = str(hardware)
         near = difflib.get_close_matches(hardware, known, n=1, cutoff=0.4)
         hint = f" Did you mean {near[0]!r}?" if near else ""
         raise ProfileError(
             f"nn-Meter has no predictor named {hardware!r}.{hint} Known: {', '.join(known)}. "
             "Add one of your own by: nn-meter register --predictor <meta.yaml>, or by an entry in "
-            f"{_config('predictors.yaml')}."
+            f"{_config('predictors.yaml')}. A folder with predictors is named by its path."
         )
-    entry = known[hardware]
+    entry = known[str(hardware)]
     kernels = [str(kernel) for kernel in entry.get("kernel_predictors") or ()]
     files = ", ".join([*(f"{kernel}.pkl" for kernel in kernels), "fusion_rules.json"])
     if "download" not in entry:
@@ -204,7 +235,7 @@ def predictor_folder(hardware: str) -> Path:
     fallback = {"data_folder": "~/.nn_meter/data"}
     data = _read_config("settings.yaml", fallback).get("data_folder") or fallback["data_folder"]
     parent = Path(str(data)).expanduser().absolute() / "predictor"
-    folder = parent / hardware
+    folder = parent / str(hardware)
     if _is_complete(folder):
         return folder
     try:
@@ -236,9 +267,11 @@ def _convert(model: Any) -> dict[str, dict[str, Any]]:
     """nn-Meter's graph of `model`, whose nodes have unique names, and without what breaks it."""
     initializers = {tensor.name: tensor for tensor in model.graph.initializer}
     # Weights listed as inputs too (files of before IR version 4) would be taken for activations.
-    for index in reversed(range(len(model.graph.input))):
-        if model.graph.input[index].name in initializers:
-            del model.graph.input[index]
+    # So would those whose shapes are noted, which gives a mean an input more: its axes.
+    for values in (model.graph.input, model.graph.value_info):
+        for index in reversed(range(len(values))):
+            if values[index].name in initializers:
+                del values[index]
     nodes = {node.name: node for node in model.graph.node}
     converted = import_nnmeter().model_to_graph(model, "onnx")
     graph = {name: item for name, item in converted.items() if "type" in item["attr"]}
@@ -310,29 +343,47 @@ def _describe(item: Mapping[str, Any], macs: int) -> tuple[str, tuple[float, ...
     return name, features, "", True
 
 
-def price(model: Any, macs: Mapping[str, int], folder: Path) -> list[Kernel]:
-    """Split an ONNX model into kernels and price each, dropping none.
+def _identify(
+    item: Mapping[str, Any],
+    node: Any,
+    macs: int,
+    own: Collection[str],
+    sizes: Mapping[str, float],
+) -> tuple[str, tuple[float, ...], str, bool]:
+    """As `_describe`, by a predictor in `own` where nn-Meter's features do not fit the kernel."""
+    found = name, _, _, meaningful = _describe(item, macs)
+    # nn-Meter takes a transposition for an "se", by its name.
+    fits = meaningful and node.op_type != "Transpose"
+    if node.op_type == "Conv":
+        fits = name != "conv-bn-relu" or groups_of(node) == 1
+    if fits or not own:
+        return found
+    mine, features = own_predictor(item, node, sizes)
+    return (mine, features, "", True) if mine in own else found
 
-    A kernel stays unpriced if there is no predictor or no feature for it, or if nn-Meter's features
-    describe a smaller kernel than it is (a matrix product of many rows). A larger one (a grouped
-    convolution, which nn-Meter takes for a dense one) is priced and annotated: an upper bound.
+
+def split(
+    model: Any, macs: Mapping[str, int], rules: Path, own: Collection[str]
+) -> list[tuple[Kernel, str]]:
+    """Split an ONNX model into kernels without a price, each with the name of its predictor.
 
     Args:
-        model: An `onnx.ModelProto` with inferred static shapes of batch 1 and unique node names
-            without ";"; it is changed.
-        macs: The multiply-accumulates of each node, by name; no entry means none.
-        folder: Predictors as `<kernel>.pkl`, and fusion_rules.json.
+        model: As in `price`.
+        macs: As in `price`.
+        rules: The file fusion_rules.json.
+        own: The predictors of nasfx's own that there are, whose names start with `kernels.OWN`.
 
     Returns:
-        The kernels in topological order, then the nodes that nn-Meter's graph leaves out.
+        The kernels as in `price`; the name is empty where there can be no meaningful prediction.
 
     Raises:
-        ProfileError: If nn-Meter cannot read the model, or the folder's files are damaged.
+        ProfileError: If nn-Meter cannot read the model, or the rules are damaged.
     """
     import_nnmeter()
     from nn_meter.kernel_detector import KernelDetector
 
-    rules, left = folder / "fusion_rules.json", {node.name: node for node in model.graph.node}
+    nodes_of, sizes = {node.name: node for node in model.graph.node}, element_counts(model)
+    left = dict(nodes_of)
     try:
         with _quiet():
             detector = KernelDetector(str(rules))
@@ -348,8 +399,7 @@ def price(model: Any, macs: Mapping[str, int], folder: Path) -> list[Kernel]:
         raise ProfileError(
             f"nn-Meter cannot split the model into kernels: {type(error).__name__}: {error}."
         ) from error
-    kernels: list[Kernel] = []
-    rows: dict[str, list[int]] = {}
+    found: list[tuple[Kernel, str]] = []
     for item in items:
         # The number in a kernel's name is that of its block of nodes.
         nodes = _members(detector.bbs[int(item["name"].rsplit("#", 1)[1])], left)
@@ -359,17 +409,47 @@ def price(model: Any, macs: Mapping[str, int], folder: Path) -> list[Kernel]:
             del left[name]
         total = sum(macs.get(name, 0) for name in nodes)
         with _quiet():
-            predictor, features, reason, meaningful = _describe(item, total)
-        if meaningful and not (folder / f"{predictor}.pkl").is_file():
-            reason, meaningful = f"no {predictor}.pkl among the predictors", False
-        if meaningful:
+            first = nodes_of[nodes[0]]
+            predictor, features, reason, fits = _identify(item, first, total, own, sizes)
+        kernel = Kernel(item["op"], nodes, total, features, None, reason)
+        found.append((kernel, predictor if fits else ""))
+    why = "nn-Meter's graph leaves it out"
+    for name, node in left.items():
+        found.append((Kernel(node.op_type.lower(), (name,), macs.get(name, 0), (), None, why), ""))
+    return found
+
+
+def price(model: Any, macs: Mapping[str, int], folder: Path) -> list[Kernel]:
+    """Split an ONNX model into kernels and price each, dropping none.
+
+    A kernel stays unpriced if there is no predictor or no feature for it, or if nn-Meter's features
+    describe a smaller kernel than it is (a matrix product of many rows). A larger one (a grouped
+    convolution, which nn-Meter takes for a dense one) is priced and annotated: an upper bound. A
+    calibrated folder has predictors of its own for such kernels.
+
+    Args:
+        model: An `onnx.ModelProto` with inferred static shapes of batch 1 and unique node names
+            without ";"; it is changed.
+        macs: The multiply-accumulates of each node, by name; no entry means none.
+        folder: Predictors as `<kernel>.pkl`, and fusion_rules.json.
+
+    Returns:
+        The kernels in topological order, then the nodes that nn-Meter's graph leaves out.
+
+    Raises:
+        ProfileError: If nn-Meter cannot read the model, or the folder's files are damaged.
+    """
+    own = {path.stem for path in folder.glob(f"{OWN}*.pkl")}
+    kernels: list[Kernel] = []
+    rows: dict[str, list[int]] = {}
+    for kernel, predictor in split(model, macs, folder / "fusion_rules.json", own):
+        if predictor and not (folder / f"{predictor}.pkl").is_file():
+            kernel = replace(kernel, reason=f"no {predictor}.pkl among the predictors")
+        elif predictor:
             rows.setdefault(predictor, []).append(len(kernels))
-        kernels.append(Kernel(item["op"], nodes, total, features, None, reason))
+        kernels.append(kernel)
     for predictor, indices in rows.items():
         values = predict(folder / f"{predictor}.pkl", [kernels[i].features for i in indices])
         for i, value in zip(indices, values, strict=True):
             kernels[i] = replace(kernels[i], milliseconds=value)
-    why = "nn-Meter's graph leaves it out"
-    for name, node in left.items():
-        kernels.append(Kernel(node.op_type.lower(), (name,), macs.get(name, 0), (), None, why))
     return kernels

@@ -1,8 +1,9 @@
 """Reading nn-Meter's pickled predictors without running what is in them.
 
 A pickle can call anything. Here it can only make numpy arrays and plain stand-ins for the tree and
-forest classes, from which real scikit-learn forests are then built. That is also what reads the
-vendor's own files: they were written by scikit-learn 0.23.1, whose pickles today's versions refuse.
+forest classes, from which real scikit-learn forests are then built, and for the class of nasfx's
+own calibrated predictors, which hold such a forest. That is also what reads the vendor's own files:
+they were written by scikit-learn 0.23.1, whose pickles today's versions refuse.
 """
 
 import math
@@ -25,6 +26,8 @@ _SKLEARN = {
     "sklearn.tree.tree": _TREES,
     "sklearn.tree._tree": ("Tree",),
 }
+# The class of calibrated predictors, which is rebuilt from its data: its own code reads no pickle.
+_CALIBRATED = ("nasfx.costs.calibration.regressor", "LatencyRegressor")
 # Attributes that a prediction needs, by the names that they have had.
 _FITTED = {
     "n_features_in_": ("n_features_in_", "n_features_"),
@@ -87,7 +90,7 @@ class _Unpickler(pickle.Unpickler):
     def __init__(self, file: Any) -> None:
         super().__init__(file)
         self.allowed = _numpy_names()
-        for module, names in _SKLEARN.items():
+        for module, names in (*_SKLEARN.items(), (_CALIBRATED[0], _CALIBRATED[1:])):
             for name in names:
                 # A class of this file's own: a pickle can set attributes on a class that it names.
                 self.allowed[module, name] = type(name, (_StandIn,), {})
@@ -96,7 +99,8 @@ class _Unpickler(pickle.Unpickler):
         if (module, name) not in self.allowed:
             raise ProfileError(
                 f"its pickle asks for {module}.{name}, which is not one of the scikit-learn tree, "
-                "forest or numpy names that a predictor needs. Nothing of it was run"
+                "forest or numpy names, nor of nasfx's own, that a predictor needs. Nothing of it "
+                "was run"
             )
         return self.allowed[module, name]
 
@@ -157,16 +161,32 @@ def _build_estimator(part: _StandIn) -> Any:
     return estimator
 
 
+def _build_calibrated(part: _StandIn) -> Predictor:
+    from nasfx.costs.calibration.regressor import LatencyRegressor, widths
+
+    kind, weights, forest, factor = (
+        part.state[name] for name in ("kind", "weights", "forest", "factor")
+    )
+    if not isinstance(kind, str) or not isinstance(forest, _StandIn):
+        raise pickle.UnpicklingError("a calibrated predictor lacks its kind or its forest")
+    weights = np.asarray(weights, dtype=np.float64)
+    made: Any = _build_estimator(forest)
+    if weights.ndim != 1 or (len(weights), made.n_features_in_) != widths(kind):
+        raise pickle.UnpicklingError("a calibrated predictor has too many or too few weights")
+    return LatencyRegressor(kind, weights, made, float(factor))
+
+
 def read_predictor(path: str | Path) -> Predictor:
     """Read one kernel's predictor, pickled by scikit-learn 0.23 or later, running nothing of it.
 
     Args:
         path: A `<kernel>.pkl`, as nn-Meter publishes and writes them: a random forest, extra-trees
-            forest or single tree of scikit-learn that predicts milliseconds.
+            forest or single tree of scikit-learn that predicts milliseconds. Or one that
+            `calibrate` has written.
 
     Returns:
-        The regressor, as an estimator of the installed scikit-learn, on one thread. It predicts as
-        it did; the parameters of its fit are not kept.
+        The regressor, as an estimator of the installed scikit-learn or as nasfx's own, on one
+        thread. It predicts as it did; the parameters of its fit are not kept.
 
     Raises:
         ProfileError: If the file cannot be read, is damaged, or holds anything else.
@@ -178,6 +198,8 @@ def read_predictor(path: str | Path) -> Predictor:
     try:
         with open(path, "rb") as file:
             part = _Unpickler(file).load()
+        if isinstance(part, _StandIn) and type(part).__name__ == _CALIBRATED[1]:
+            return _build_calibrated(part)
         if type(part).__name__ not in (*_FORESTS, *_TREES) or not isinstance(part, _StandIn):
             raise pickle.UnpicklingError(f"it holds a {type(part).__name__}, not a regressor")
         return _build_estimator(part)

@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from nasfx.costs import nnmeter
+from nasfx.costs.metadata import CHOICE, MODULE, origin_entries
 from nasfx.costs.nnmeter import Kernel
 from nasfx.errors import ProfileError
 
@@ -29,7 +30,7 @@ class Profile:
     """A predicted latency, kernel by kernel; printing it shows the table.
 
     Attributes:
-        hardware: The name of nn-Meter's predictor.
+        hardware: The name of nn-Meter's predictor, or the path of a folder with predictors.
         kernels: All kernels of the model, also those without a price.
     """
 
@@ -54,22 +55,28 @@ class Profile:
         return Coverage(kernels, sum(k.macs for k in priced) / macs if macs else kernels)
 
     def table(self) -> Table:
-        """A rich table with one row per kernel."""
+        """A rich table with one row per kernel, with modules and choices if the file holds them."""
         table = Table(
-            title=f"Latency on {self.hardware}: {self.milliseconds:.3f} ms, a prediction of "
-            "nn-Meter's, not a measurement",
+            title=f"Latency on {self.hardware}: {self.milliseconds:.3f} ms, a prediction "
+            "and not a measurement",
             caption=f"Priced: {_percent(self.coverage.kernels)} of {len(self.kernels)} kernels, "
             f"{_percent(self.coverage.macs)} of the MACs",
         )
         table.add_column("kernel")
         table.add_column("ONNX nodes", overflow="fold")
+        origins = {"module": [k.modules for k in self.kernels]}
+        origins["choice"] = [k.choices for k in self.kernels]
+        origins = {title: values for title, values in origins.items() if any(map(any, values))}
+        for title in origins:
+            table.add_column(title, overflow="fold")
         table.add_column("MACs", justify="right", no_wrap=True)
         table.add_column("ms", justify="right", no_wrap=True)
         table.add_column("note", overflow="fold")
-        for k in self.kernels:
+        for i, k in enumerate(self.kernels):
             ms = "-" if k.milliseconds is None else f"{k.milliseconds:.4f}"
             nodes, reason = Text("\n".join(k.nodes)), Text(k.reason)  # a name may look like markup
-            table.add_row(k.type, nodes, f"{k.macs:,}", ms, reason)
+            columns = [Text(_distinct(values[i])) for values in origins.values()]
+            table.add_row(k.type, nodes, *columns, f"{k.macs:,}", ms, reason)
         return table
 
     def __str__(self) -> str:
@@ -85,6 +92,10 @@ class Profile:
         )
         console.print(self.table())
         return "\n".join(line.rstrip() for line in text.getvalue().splitlines())
+
+
+def _distinct(texts: tuple[str, ...]) -> str:
+    return "\n".join(dict.fromkeys(filter(None, texts)))
 
 
 def _percent(fraction: float) -> str:
@@ -124,7 +135,7 @@ def _load(path: Path) -> Any:
     return model
 
 
-def _macs(model: Any) -> dict[str, int]:
+def macs_of(model: Any) -> dict[str, int]:
     """The multiply-accumulates of each node that has any, by its name."""
     graph = model.graph
     shapes = {tensor.name: list(tensor.dims) for tensor in graph.initializer}
@@ -147,7 +158,7 @@ def _macs(model: Any) -> dict[str, int]:
     return macs
 
 
-def _unpriced(kernels: tuple[Kernel, ...]) -> str:
+def unpriced(kernels: tuple[Kernel, ...]) -> str:
     return "\n".join(
         f"  {k.type} ({', '.join(k.nodes)}), {k.macs:,} MACs: {k.reason}"
         for k in sorted(kernels, key=lambda k: -k.macs)
@@ -168,7 +179,9 @@ def known_hardware() -> list[str]:
     return list(nnmeter.predictors())
 
 
-def profile(onnx_path: str | Path, hardware: str, *, minimum_coverage: float = 0.9) -> Profile:
+def profile(
+    onnx_path: str | Path, hardware: str | Path, *, minimum_coverage: float = 0.9
+) -> Profile:
     """Predict the latency of an ONNX file by nn-Meter's predictors for `hardware`.
 
     The predictors are downloaded on first use into nn-Meter's data folder. Unlike nn-Meter this
@@ -176,7 +189,7 @@ def profile(onnx_path: str | Path, hardware: str, *, minimum_coverage: float = 0
 
     Args:
         onnx_path: A file with static shapes of batch size 1, as `export_onnx` writes it.
-        hardware: One of `known_hardware()`.
+        hardware: One of `known_hardware()`, or a folder with predictors.
         minimum_coverage: The fraction of the MACs, from 0 to 1, that must have a price.
 
     Returns:
@@ -196,19 +209,29 @@ def profile(onnx_path: str | Path, hardware: str, *, minimum_coverage: float = 0
     model = _load(path)
     # nn-Meter goes by the nodes' names: an empty or double one would lose nodes, ";" is its own.
     names: dict[str, str] = {}
+    entries: dict[str, dict[str, str]] = {}
     for index, node in enumerate(model.graph.node):
         original = node.name or f"{node.op_type}_{index}"
         node.name = f"n{index}"
         names[node.name] = original
-    priced = nnmeter.price(model, _macs(model), nnmeter.predictor_folder(hardware))
-    kernels = tuple(replace(k, nodes=tuple(names[name] for name in k.nodes)) for k in priced)
-    result = Profile(hardware, kernels)
+        entries[node.name] = origin_entries(node)
+    priced = nnmeter.price(model, macs_of(model), nnmeter.predictor_folder(hardware))
+    kernels = tuple(
+        replace(
+            k,
+            nodes=tuple(names[name] for name in k.nodes),
+            modules=tuple(entries[name].get(MODULE, "") for name in k.nodes),
+            choices=tuple(entries[name].get(CHOICE, "") for name in k.nodes),
+        )
+        for k in priced
+    )
+    result = Profile(str(hardware), kernels)
     covered = result.coverage.macs
     if covered < minimum_coverage:
         raise ProfileError(
             f"Only {_percent(covered)} of the MACs of {path} can be priced for {hardware}, less "
             f"than the {_percent(minimum_coverage)} asked for. Without a price:\n"
-            f"{_unpriced(kernels)}\nTo have the latency of the rest, pass "
+            f"{unpriced(kernels)}\nTo have the latency of the rest, pass "
             f"minimum_coverage={math.floor(covered * 100) / 100}."
         )
     return result

@@ -10,8 +10,10 @@ from typing import Any, Protocol, runtime_checkable
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from nasfx.costs.onnx_graph import onnx_program, simplified, to_proto
 from nasfx.costs.parts import Part
-from nasfx.errors import ProfileError, SearchError
+from nasfx.costs.runtimes import library
+from nasfx.errors import ExportError, ProfileError, SearchError
 
 _TOGETHER = 48  # parts in one export, which has a fixed cost and grows faster than its parts
 
@@ -94,17 +96,20 @@ class NnMeter:
         from nasfx.costs import nnmeter
         from nasfx.costs.profiling import Profile, macs_of, unpriced
 
+        onnx = library("onnx")
         folder = nnmeter.predictor_folder(self.hardware)
         found: dict[str, float] = {}
         for chunk, model, owner in onnx_models(parts):
+            model = onnx.shape_inference.infer_shapes(model)
             kernels = nnmeter.price(model, macs_of(model), folder)
             for i, part in enumerate(chunk):
                 own = tuple(k for k in kernels if owner[k.nodes[0]] == i)
                 profile = Profile(self.hardware, own)
                 if own and profile.coverage.macs < self.minimum_coverage:
+                    of = "MACs" if any(kernel.macs for kernel in own) else "kernels"
                     raise ProfileError(
                         f"{self.hardware} has a price for {100 * profile.coverage.macs:.0f} % of "
-                        f"the MACs of {part}, less than minimum_coverage="
+                        f"the {of} of {part}, less than minimum_coverage="
                         f"{self.minimum_coverage:g}. Without a price:\n{unpriced(own)}"
                     )
                 found[part.key] = profile.milliseconds
@@ -183,17 +188,31 @@ def onnx_models(
     Raises:
         ProfileError: torch cannot export one.
     """
-    from nasfx.onnx_graph import onnx_graph
-
     several = unlike(parts)
     for start in range(0, len(several), _TOGETHER):
         chunk = several[start : start + _TOGETHER]
-        side = _Side(chunk)
-        inputs = side.example_inputs()
-        takes = [f"in{i}" for i in range(len(inputs))]
-        gives = [f"part{i}_{j}" for i, p in enumerate(chunk) for j in range(p.outputs)]
-        model = onnx_graph(side, inputs, takes, gives)
-        yield chunk, model, _owners(model, len(chunk))
+        try:
+            model = _onnx(chunk)
+        except ExportError:
+            for part in chunk:  # to say which
+                _alone(part)
+            raise
+        yield chunk, model, _owners(model)
+
+
+def _onnx(parts: Sequence[Part]) -> Any:
+    side = _Side(parts)
+    inputs = side.example_inputs()
+    takes = [f"in{i}" for i in range(len(inputs))]
+    gives = [f"part{i}_{j}" for i, p in enumerate(parts) for j in range(p.outputs)]
+    return simplified(to_proto(onnx_program(side, inputs, takes, gives)))
+
+
+def _alone(part: Part) -> None:
+    try:
+        _onnx([part])
+    except ExportError as error:
+        raise ProfileError(f"The latency of {part} is not known: {error}") from error
 
 
 class _Side(nn.Module):
@@ -216,7 +235,7 @@ class _Side(nn.Module):
         return tuple(results)
 
 
-def _owners(model: Any, count: int) -> dict[str, int]:
+def _owners(model: Any) -> dict[str, int]:
     """By node, the part that it belongs to: that of the output which it leads to."""
     owner: dict[str, int] = {
         value.name: int(value.name.removeprefix("part").partition("_")[0])

@@ -1,7 +1,7 @@
 """What the exporters share: a module's named outputs, comparing outputs, writing files."""
 
 import os
-from collections.abc import Container, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from nasfx.costs.onnx_graph import free_name
 from nasfx.errors import ExportError
 
 # For outputs that are zero but for rounding: added to the share of their magnitude.
@@ -107,12 +108,3 @@ def named_leaves(value: Any, prefix: str) -> Iterator[tuple[str, Any]]:
         return
     for name, part in parts:
         yield from named_leaves(part, name)
-
-
-def free_name(name: str, taken: Container[str | None]) -> str:
-    """The name, or it with a suffix that nothing has yet."""
-    wanted, tail = name, 0
-    while name in taken:
-        tail += 1
-        name = f"{wanted}_{tail}"
-    return name

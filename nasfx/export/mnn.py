@@ -6,6 +6,7 @@ from typing import Literal, get_args
 
 import numpy as np
 
+from nasfx.costs.runtimes import mnn_converter as _converter_program
 from nasfx.costs.runtimes import (
     onnxruntime_session,
     random_inputs,
@@ -87,20 +88,6 @@ def _convert(source: Path, folder: Path, flags: list[str]) -> Path:
     (folder / "flags").write_text("\n".join(flags))
     run_apart(_converter_program, folder)
     return folder / "model.mnn"
-
-
-def _converter_program(folder: str) -> None:
-    """Run alone, by run_apart. MNN's command-line tools would pip-install and report usage."""
-    from pathlib import Path
-
-    import _tools
-
-    flags = Path(folder, "flags").read_text().split()
-    files = ["--modelFile", "model.onnx", "--MNNModel", "model.mnn"]
-    _tools.mnnconvert(["mnnconvert", "-f", "ONNX", *files, *flags])
-    # It returns True also when it failed: the file is what tells.
-    if not Path(folder, "model.mnn").is_file():
-        raise SystemExit(1)
 
 
 def _compare(

@@ -1,31 +1,24 @@
 """A module as an ONNX file: simplified, and checked against torch in ONNX Runtime."""
 
-import contextlib
-import copy
 import inspect
-import io
-import logging
-import warnings
-from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from nasfx.costs.onnx_graph import onnx_program, simplified, to_proto
 from nasfx.costs.runtimes import library, onnxruntime_session, run_onnxruntime
 from nasfx.errors import ExportError, ProfileError
 from nasfx.export.checking import (
     describe,
     float_dtypes,
-    free_name,
     mismatch,
     named_leaves,
     run_module,
     write_whole,
 )
-
-OPSET = 18
+from nasfx.export.provenance import copied, record, recorded, restore, scoped
 
 # The largest difference from torch allowed, as a share of the output's largest magnitude: some
 # hundred roundings of the type, since folding batch norm and other kernels reorder the sums.
@@ -49,6 +42,11 @@ def export_onnx(
 
     Inputs are named after the parameters of `forward`. An output is called "output" if there is
     one, else "output_0", "output_1" ..., or by its key in a dict; a None among them is left out.
+
+    Nodes say in their metadata where they come from: "nasfx.module" is the path of the module, and
+    "nasfx.choice", in a subnet that `finalize` made, the choice and what was decided for it, as in
+    "block: conv3". A node that others were merged into keeps its own; one of which it is not known,
+    or that the outermost module made, has none.
 
     Args:
         module: Any module, in any mode; it is left as it is.
@@ -89,7 +87,7 @@ def export_onnx(
         with torch.no_grad():
             outputs = run_module(model, inputs)
             names = _input_names(model, inputs)
-            proto = _simplified(_exported(model, inputs, names, list(outputs), dynamic_batch))
+            proto = _exported(model, inputs, names, list(outputs), dynamic_batch)
             data = proto.SerializeToString()
             _check(data, model, inputs, names, dynamic_batch)
     except ProfileError as e:
@@ -112,7 +110,7 @@ def _as_tuple(example_inputs: Any) -> tuple[Tensor, ...]:
 
 def _copy(module: nn.Module) -> nn.Module:
     try:
-        return copy.deepcopy(module).cpu().eval()
+        return copied(module).cpu().eval()
     except Exception as e:
         raise ExportError(
             f"{type(module).__name__} cannot be copied, and it is exported on a copy: {e}"
@@ -133,23 +131,6 @@ def _with_batch(inputs: tuple[Tensor, ...], size: int) -> tuple[Tensor, ...]:
     return tuple(x[torch.arange(size) % x.shape[0]] for x in inputs)
 
 
-@contextlib.contextmanager
-def _quiet() -> Generator[None, None, None]:
-    """The exporter prints, logs and warns about its own insides; errors still come as errors."""
-    level = logging.root.manager.disable
-    logging.disable(logging.ERROR)
-    try:
-        with (
-            warnings.catch_warnings(),
-            contextlib.redirect_stdout(io.StringIO()),
-            contextlib.redirect_stderr(io.StringIO()),
-        ):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(level)
-
-
 def _exported(
     model: nn.Module,
     inputs: tuple[Tensor, ...],
@@ -164,72 +145,12 @@ def _exported(
         axes = {0: torch.export.Dim("batch")}
         marks = _bound(model, tuple(axes for _ in inputs))
         shapes = tuple(marks.values())
-    try:
-        with _quiet():
-            program = torch.onnx.export(
-                model,
-                inputs,
-                dynamo=True,
-                opset_version=OPSET,
-                external_data=False,
-                dynamic_shapes=shapes,
-                verbose=False,
-            )
-    except Exception as e:
-        root: BaseException = e
-        while root.__cause__ is not None:
-            root = root.__cause__
-        raise ExportError(
-            f"torch cannot export {type(model).__name__} to ONNX: {type(root).__name__}: "
-            + str(root).split("\n\n")[0]
-        ) from e
-    assert program is not None
-    _rename(program.model, input_names, output_names)
-    ir = library("onnx_ir", install="onnx-ir")
-    return ir.to_proto(program.model)
-
-
-def _rename(model: Any, input_names: list[str], output_names: list[str]) -> None:
-    """Give inputs and outputs their names; an inner value that has one already gives way."""
-    graph = model.graph
-    ends = [*graph.inputs, *graph.outputs]
-    names = list(input_names)
-    for name in output_names:
-        names.append(free_name(name, names))
-    if len(ends) != len(names):
-        raise ExportError(
-            f"The ONNX graph has {len(graph.inputs)} inputs and {len(graph.outputs)} outputs; "
-            f"the module has {input_names} and {output_names}."
-        )
-    inner = [*graph.initializers.values(), *(v for n in graph.all_nodes() for v in n.outputs)]
-    taken = {value.name for value in inner} | set(names)
-    for value in inner:
-        if value.name in names and not any(value is end for end in ends):
-            value.name = free_name(value.name, taken)
-            taken.add(value.name)
-    for value, name in zip(ends, names, strict=True):
-        value.name = name
-
-
-def _simplified(proto: Any) -> Any:
-    onnx, onnxsim, ir = library("onnx"), library("onnxsim"), library("onnx_ir")
-    common = library("onnx_ir.passes.common")
-    try:
-        with _quiet():
-            # Its own random trials stay off (check_n=0): _check compares with torch itself.
-            proto, right = onnxsim.simplify(proto)
-            model = ir.from_proto(proto)
-            # nn-Meter's reader knows initializers but not Constant nodes.
-            common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
-            common.ClearMetadataAndDocStringPass()(model)  # They hold paths of this machine.
-            model.metadata_props.clear()
-            proto = ir.to_proto(model)
-            onnx.checker.check_model(proto, full_check=True)
-    except Exception as e:
-        raise ExportError(f"The exported graph cannot be simplified: {e}") from e
-    if not right:
-        raise ExportError("onnxsim changed what the exported graph computes.")
-    return proto
+    model, scopes = scoped(model)
+    program = onnx_program(model, inputs, input_names, output_names, shapes)
+    record(program, scopes)
+    proto = to_proto(program)
+    names = recorded(proto)
+    return simplified(proto, lambda left: restore(left, names))
 
 
 def _check(

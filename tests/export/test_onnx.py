@@ -1,3 +1,5 @@
+import copy
+import pickle
 import subprocess
 import sys
 from collections.abc import Callable
@@ -7,14 +9,21 @@ from typing import Any
 import numpy as np
 import onnx
 import onnx.parser
+import onnx_ir as ir
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+import nasfx
+from nasfx import InputChoice, LayerChoice
+from nasfx.costs.metadata import origin_entries
+from nasfx.costs.onnx_graph import simplified
 from nasfx.costs.runtimes import onnxruntime_milliseconds, onnxruntime_session, run_onnxruntime
 from nasfx.errors import ExportError, ProfileError
 from nasfx.export.checking import mismatch
-from nasfx.export.onnx import _simplified, export_onnx
+from nasfx.export.onnx import export_onnx
+from nasfx.export.provenance import recorded, restore
 
 
 class Cnn(nn.Module):
@@ -193,7 +202,7 @@ def test_constants_are_folded_into_initializers() -> None:
             scaled = Mul (x, scale)
             y = Add (scaled, shift)
         }""")
-    proto = _simplified(graph)
+    proto = simplified(graph)
     assert [node.op_type for node in proto.graph.node] == ["Mul", "Add"]
     session = onnxruntime_session(proto.SerializeToString())
     got = run_onnxruntime(session, {"x": np.ones((2, 3), np.float32)})["y"]
@@ -294,6 +303,145 @@ def test_a_module_that_writes_into_its_input(tmp_path: Path, x: Tensor) -> None:
     path = export_onnx(Function(lambda self, x: self.conv(x.add_(1))), tmp_path / "net.onnx", x)
     assert torch.equal(x, given)
     assert operators(path) == ["Add", "Conv"]
+
+
+def origins(path: Path) -> list[tuple[str, str, str]]:
+    """Operator, module and choice of every node."""
+    found = [(node.op_type, origin_entries(node)) for node in onnx.load(path).graph.node]
+    return [(op, e.get("nasfx.module", ""), e.get("nasfx.choice", "")) for op, e in found]
+
+
+def test_nodes_say_which_module_they_come_from(tmp_path: Path, x: Tensor) -> None:
+    path = export_onnx(Cnn(), tmp_path / "net.onnx", x)
+    # Batch norms went into convolutions, whose modules remain; the mean is the net's own.
+    assert origins(path) == [
+        ("Conv", "stem.0", ""),
+        ("Relu", "stem.2", ""),
+        ("Conv", "body.0", ""),
+        ("ReduceMean", "", ""),
+        ("Gemm", "head", ""),
+    ]
+    # Nothing else is told.
+    entries = {e.key for node in onnx.load(path).graph.node for e in node.metadata_props}
+    assert entries == {"nasfx.module"}
+
+
+class Doubled(nn.Module):
+    """A candidate that computes by itself, and holds a choice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.act = LayerChoice({"relu": nn.ReLU(), "tanh": nn.Tanh()}, label="act")
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.pad(self.act(x) * 2, (1, 1))
+
+
+class Chosen(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 4, 1)
+        conv = nn.Sequential(nn.Conv2d(4, 4, 3, padding=1, bias=False), nn.BatchNorm2d(4))
+        self.first = LayerChoice({"conv": conv, "skip": nn.Identity()}, label="one")
+        self.second = LayerChoice({"doubled": Doubled(), "skip": nn.Identity()}, label="two")
+        self.inputs = InputChoice(3, n_chosen=2, label="inputs")
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        y = self.first(x)
+        return self.second(self.inputs([x, y, self.first(y)])).mean((2, 3))
+
+
+ARCH = {"one": "conv", "two": "doubled", "act": "tanh", "inputs": (0, 2)}
+CHOSEN = [
+    ("Conv", "stem", ""),
+    ("Conv", "first.conv.0", "one: conv"),
+    ("Conv", "first.conv.0", "one: conv"),
+    ("Add", "", "inputs: 0, 2"),
+    ("Tanh", "second.doubled.act.tanh", "act: tanh"),
+    ("Mul", "second.doubled", "two: doubled"),
+    ("Pad", "second.doubled", "two: doubled"),
+    ("ReduceMean", "", ""),
+]
+
+
+def again(subnet: nn.Module) -> Any:
+    return pickle.loads(pickle.dumps(subnet))
+
+
+@pytest.mark.parametrize("twin", [lambda s: s, again, copy.deepcopy], ids=["it", "pickle", "copy"])
+def test_nodes_of_a_subnet_say_which_choice_they_stand_in(
+    tmp_path: Path, x: Tensor, twin: Any
+) -> None:
+    subnet = twin(nasfx.finalize(Chosen(), ARCH))
+    names, calls = dict(subnet.named_modules()).keys(), subnet.code
+    path = export_onnx(subnet, tmp_path / "net.onnx", x)
+    assert origins(path) == CHOSEN
+    np.testing.assert_allclose(run(path, x)["output"], evaluated(subnet, x), rtol=1e-4, atol=1e-5)
+    assert dict(subnet.named_modules()).keys() == names
+    assert subnet.code == calls
+    assert not [word for word in (b".py", b"nasfx_call") if word in path.read_bytes()]
+
+
+def test_a_subnet_inside_a_module(tmp_path: Path, x: Tensor) -> None:
+    net = nn.Sequential(nn.Hardtanh(), nasfx.finalize(Chosen(), ARCH))
+    found = origins(export_onnx(net, tmp_path / "net.onnx", x, dynamic_batch=True))
+    assert found[0][1:] == ("0", "")
+    assert found[1:] == [(op, f"1.{m}".rstrip("."), choice) for op, m, choice in CHOSEN]
+
+
+def test_one_module_in_two_choices(tmp_path: Path, x: Tensor) -> None:
+    shared = nn.Sequential(nn.Conv2d(3, 3, 1), nn.ReLU())
+    net = nn.Sequential(
+        LayerChoice({"a": shared, "skip": nn.Identity()}, label="left"),
+        LayerChoice({"b": shared, "skip": nn.Identity()}, label="right"),
+    )
+    subnet = nasfx.finalize(net, {"left": "a", "right": "b"})
+    assert origins(export_onnx(subnet, tmp_path / "net.onnx", x)) == [
+        ("Conv", "0.a.0", "left: a"),
+        ("Relu", "0.a.1", "left: a"),
+        ("Conv", "1.b.0", "right: b"),
+        ("Relu", "1.b.1", "right: b"),
+    ]
+
+
+def named(*nodes: tuple[str, str]) -> onnx.ModelProto:
+    """A chain of Relu nodes of these names and outputs; each says that it comes from its name."""
+    made = []
+    for before, (name, value) in zip([("", "x"), *nodes], nodes, strict=False):
+        made.append(onnx.helper.make_node("Relu", [before[1]], [value], name=name))
+        made[-1].metadata_props.add(key="nasfx.module", value=f"of {name} {value}")
+        made[-1].metadata_props.add(key="other", value="a path")
+    return onnx.helper.make_model(onnx.helper.make_graph(made, "chain", [], []))
+
+
+def test_what_a_simplifier_merges_keeps_the_name_or_the_value() -> None:
+    before = named(("a", "1"), ("b", "2"), ("twin", "3"), ("twin", "4"), ("", "5"))
+    after = named(("a", "2"), ("new", "3"), ("twin", "8"), ("", "7"), ("else", "6"), ("", "5"))
+    for node in after.graph.node:
+        del node.metadata_props[:]
+    model = ir.from_proto(after)
+    restore(model, recorded(before))
+    assert [dict(node.metadata_props) for node in model.graph] == [
+        {"nasfx.module": "of a 1"},
+        {"nasfx.module": "of twin 3"},
+        {},  # One of two.
+        {},
+        {},
+        {"nasfx.module": "of  5"},
+    ]
+
+
+def test_an_edited_subnet_has_modules_but_no_choices(tmp_path: Path, x: Tensor) -> None:
+    subnet = nasfx.finalize(Chosen(), ARCH)
+    output = subnet.graph.output_node()
+    with subnet.graph.inserting_before(output):
+        value = subnet.graph.call_function(torch.abs, output.args)
+    output.args = (value,)
+    subnet.recompile()
+    found = origins(export_onnx(subnet, tmp_path / "net.onnx", x))
+    assert found[1] == ("Conv", "first.conv.0", "")
+    assert not any(choice for _, _, choice in found)
 
 
 # In a process of its own: torch's log handler keeps the stream that it found when imported.
