@@ -97,8 +97,8 @@ class SpaceChoice:
         n_chosen: how many inputs are chosen; None for any subset; 1 for a layer.
         places: the paths of the choice modules with this label.
         relaxed_only: candidates of mixtures only, which are never chosen.
-        zeros: the candidates that add nothing: their graphs give zeros, or they give the input as it
-            is where all others add to it.
+        zeros: the candidates that add nothing: their graphs give zeros, or they give the input as
+            it is where all others add to it.
         sources: for an input choice, by index the choice whose output the input comes from last,
             or None.
         edges: for an input choice whose every input comes straight from a layer choice of its own

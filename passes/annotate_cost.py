@@ -110,8 +110,8 @@ class _Shapes:
             self.wrong.append(
                 SpaceError(
                     f"choice {_called(node, outer).label!r} ({provenance(node).site}): {first} "
-                    f"gives {alike} and {name} gives {shape}. Then what follows costs more or less by "
-                    "what is chosen here, and costs do not add up: give them one shape, or search "
+                    f"gives {alike} and {name} gives {shape}. Then what follows costs more or less "
+                    "by what is chosen here, and costs do not add up: give them one shape, or search "
                     "without an objective"
                 )
             )

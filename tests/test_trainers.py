@@ -476,7 +476,7 @@ def test_applied_hardware_is_what_the_regulariser_expects(data: Any) -> None:
     phone = FunctionSource(lambda part: float(len(part.paths)), "phone")
     trainer = made(ProxylessTrainer, data, applied_hardware=phone, **options)
     (objective,) = trainer.net.objectives
-    assert (objective.name, objective.target, objective.loss) == ("latency:phone", 3.0, "add#linear")
+    assert objective == nasfx.Latency(phone, 3.0, loss="add#linear", lambda_=0.5)
     with pytest.raises(ProfileError, match="no predictor named 'cortexA76'"):
         made(ProxylessTrainer, data, applied_hardware="cortexA76", **options)
     with pytest.raises(SearchError, match="no effect without grad_reg_loss_type"):

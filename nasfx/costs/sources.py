@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
@@ -128,7 +128,7 @@ class Measured:
         repeats: runs that are timed.
     """
 
-    runtime: str = "onnxruntime"
+    runtime: Literal["onnxruntime", "mnn", "torch"] = "onnxruntime"
     repeats: int = 30
 
     def __post_init__(self) -> None:

@@ -38,4 +38,4 @@ def test_macs_and_parameters_of_a_thousand_random_subnets(name: str) -> None:
         assert net.space.costs["flops"](arch) == counted.flops, arch
         assert net.space.costs["params"](arch) == counted.params, arch
         seen.add((counted.flops, counted.params))
-    assert len(seen) > 50
+    assert len(seen) > 20
