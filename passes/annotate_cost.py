@@ -111,8 +111,8 @@ class _Shapes:
                 SpaceError(
                     f"choice {_called(node, outer).label!r} ({provenance(node).site}): {first} "
                     f"gives {alike} and {name} gives {shape}. Then what follows costs more or less "
-                    "by what is chosen here, and costs do not add up: give them one shape, or search "
-                    "without an objective"
+                    "by what is chosen here, and costs do not add up: give them one shape, or "
+                    "search without an objective"
                 )
             )
 
