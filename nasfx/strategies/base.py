@@ -54,12 +54,6 @@ class Schedule:
     recalibrate: int = 0
 
 
-def check_recalibrate(n: Any) -> None:
-    """Refuse a `recalibrate` that is no number of batches."""
-    if not isinstance(n, int) or n is True or n < 0:
-        raise SearchError(f"recalibrate={n!r} must be a number of batches, or 0 for none")
-
-
 @dataclass(frozen=True)
 class Strategy(ABC):
     """A search strategy. Instances hold options only, so one may serve several nets.
@@ -300,3 +294,14 @@ def _score(choice: SpaceChoice, alpha: Tensor) -> Score:
     if choice.n_chosen is None:
         return Score(values, float(log_probability(alpha, none, None, None)))
     return Score(values, -float(log_subsets(list(alpha.unbind(0)), choice.n_chosen)))
+
+
+def check_whole(strategy: Strategy, least: int, *names: str) -> None:
+    """Raise SearchError unless the options of these names are whole numbers of at least `least`."""
+    for name in names:
+        value = getattr(strategy, name)
+        if not isinstance(value, int) or isinstance(value, bool) or value < least:
+            raise SearchError(
+                f"{type(strategy).__name__}({name}={value!r}): it must be a whole number of at "
+                f"least {least}"
+            )

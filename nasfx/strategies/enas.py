@@ -20,7 +20,7 @@ from nasfx.passes import DeferProducers, LowerSampledPath
 from nasfx.rewriting.editing import identifier
 from nasfx.rewriting.passes import Pass
 from nasfx.space import SearchSpace
-from nasfx.strategies.base import Evaluate, Schedule, Strategy, check_recalibrate
+from nasfx.strategies.base import Evaluate, Schedule, Strategy, check_whole
 from nasfx.strategies.controller import Controller, Question
 from nasfx.strategies.random_search import best_of, generator_of
 
@@ -98,18 +98,16 @@ class Enas(Strategy):
     samples: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        for name in ("aggregate", "final_samples", "hidden"):
-            if getattr(self, name) < 1:
-                raise SearchError(f"Enas({name}={getattr(self, name)}): it must be at least 1")
+        check_whole(self, 1, "aggregate", "final_samples", "hidden")
         if not 0 <= self.baseline_decay <= 1:
             raise SearchError(
                 f"Enas(baseline_decay={self.baseline_decay}): it must be between 0 and 1"
             )
-        if self.steps is not None and self.steps < 1:
-            raise SearchError(f"Enas(steps={self.steps}): it must be at least 1, or None")
+        if self.steps is not None:
+            check_whole(self, 1, "steps")
         if self.grad_clip is not None and self.grad_clip <= 0:
             raise SearchError(f"Enas(grad_clip={self.grad_clip}): it must be positive, or None")
-        check_recalibrate(self.recalibrate)
+        check_whole(self, 0, "recalibrate")
 
     @classmethod
     def macro(cls, **options: Any) -> Self:

@@ -23,7 +23,7 @@ from nasfx.strategies.base import (
     Schedule,
     Strategy,
     best_fitting,
-    check_recalibrate,
+    check_whole,
     derive_most_probable,
     draw_decision,
 )
@@ -71,9 +71,8 @@ class FBNet(Strategy):
             value = getattr(self, name)
             if not isinstance(value, int | float) or not 0 < value < math.inf:
                 raise SearchError(f"FBNet({name}={value!r}): it must be a positive number")
-        if self.final_samples < 0:
-            raise SearchError(f"FBNet(final_samples={self.final_samples}): it must not be negative")
-        check_recalibrate(self.recalibrate)
+        check_whole(self, 0, "final_samples")
+        check_whole(self, 0, "recalibrate")
 
     @property
     def schedule(self) -> Schedule:

@@ -23,6 +23,7 @@ from nasfx.strategies.base import (
     Schedule,
     Strategy,
     best_fitting,
+    check_whole,
     derive_most_probable,
     draw_decision,
 )
@@ -87,11 +88,7 @@ class Proxyless(Strategy):
                 raise SearchError(
                     f"Proxyless({name}={getattr(self, name)!r}): it must be one of {values}"
                 )
-        if self.arch_every < 1 or self.draws < 1:
-            raise SearchError(
-                f"Proxyless(arch_every={self.arch_every}, draws={self.draws}): both must be at "
-                "least 1"
-            )
+        check_whole(self, 1, "arch_every", "draws")
         if self.rewarded and (self.gate != "full_v2" or self.skip_zero):
             raise SearchError(
                 "Proxyless(estimator='reinforce') has no gates with gradients: leave gate and "

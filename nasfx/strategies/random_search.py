@@ -9,10 +9,9 @@ from typing import ClassVar
 import torch
 
 from nasfx.architecture import Architecture
-from nasfx.errors import SearchError
 from nasfx.ops.arch_state import ArchState
 from nasfx.space import SearchSpace
-from nasfx.strategies.base import Evaluate
+from nasfx.strategies.base import Evaluate, check_whole
 from nasfx.strategies.population import nothing_fits
 from nasfx.strategies.single_path import UniformPaths, generator_of
 
@@ -41,8 +40,7 @@ class RandomSearch(UniformPaths):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.final_samples < 1:
-            raise SearchError(f"final_samples={self.final_samples} must be at least 1")
+        check_whole(self, 1, "final_samples")
 
     def conclude(self, space: SearchSpace, arch: ArchState, evaluate: Evaluate) -> Architecture:
         """The best of `final_samples` architectures; the first of equals.

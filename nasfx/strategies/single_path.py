@@ -20,7 +20,7 @@ from nasfx.ops.expectation import uniform_gate
 from nasfx.passes import DeferProducers, LowerSampledPath
 from nasfx.rewriting.passes import Pass
 from nasfx.space import SearchSpace
-from nasfx.strategies.base import Evaluate, Schedule, Strategy, check_recalibrate
+from nasfx.strategies.base import Evaluate, Schedule, Strategy, check_whole
 from nasfx.strategies.population import Population
 
 _TRIES = 500  # draws until a path lies in its bin
@@ -44,7 +44,7 @@ class UniformPaths(Strategy):
     samples: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        check_recalibrate(self.recalibrate)
+        check_whole(self, 0, "recalibrate")
 
     @property
     def schedule(self) -> Schedule:
@@ -126,11 +126,8 @@ class SinglePath(UniformPaths):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.population < 2 or self.generations < 1:
-            raise SearchError(
-                f"population={self.population} must be at least 2 and "
-                f"generations={self.generations} at least 1"
-            )
+        check_whole(self, 2, "population")
+        check_whole(self, 1, "generations")
         if self.bins is not None:
             _check_bins(self.bins)
             if self.fair:

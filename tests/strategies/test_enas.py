@@ -429,13 +429,14 @@ def test_the_constants_are_those_of_the_authors() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"aggregate": 0}, r"Enas\(aggregate=0\): it must be at least 1"),
+        ({"aggregate": 0}, r"Enas\(aggregate=0\): it must be a whole number of at least 1"),
+        ({"aggregate": 1.5}, r"Enas\(aggregate=1.5\): it must be a whole number of at least 1"),
         ({"final_samples": 0}, r"Enas\(final_samples=0\)"),
         ({"hidden": 0}, r"Enas\(hidden=0\)"),
         ({"baseline_decay": 1.5}, r"Enas\(baseline_decay=1.5\): it must be between 0 and 1"),
-        ({"steps": 0}, r"Enas\(steps=0\): it must be at least 1, or None"),
+        ({"steps": 0}, r"Enas\(steps=0\): it must be a whole number of at least 1"),
         ({"grad_clip": 0.0}, r"Enas\(grad_clip=0.0\): it must be positive, or None"),
-        ({"recalibrate": -1}, r"recalibrate=-1 must be a number of batches, or 0"),
+        ({"recalibrate": -1}, r"recalibrate=-1\): it must be a whole number of at least 0"),
     ],
 )
 def test_options_out_of_range(options: dict[str, Any], message: str) -> None:

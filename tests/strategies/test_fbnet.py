@@ -493,8 +493,8 @@ def test_a_label_that_is_a_keyword_is_refused() -> None:
         ({"temperature": math.nan}, r"temperature=nan"),
         ({"temperature": "5"}, r"temperature='5'"),
         ({"anneal": 0.0}, r"FBNet\(anneal=0.0\): it must be a positive number"),
-        ({"final_samples": -1}, r"FBNet\(final_samples=-1\): it must not be negative"),
-        ({"recalibrate": -1}, r"recalibrate=-1 must be a number of batches, or 0"),
+        ({"final_samples": -1}, r"FBNet\(final_samples=-1\): it must be a whole number"),
+        ({"recalibrate": -1}, r"recalibrate=-1\): it must be a whole number"),
     ],
 )
 def test_options_out_of_range(options: dict[str, Any], message: str) -> None:

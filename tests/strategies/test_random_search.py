@@ -151,7 +151,7 @@ def test_bounds_that_nothing_drawn_keeps_are_an_error() -> None:
 def test_options_are_checked() -> None:
     assert (RandomSearch().final_samples, RandomSearch().recalibrate) == (50, 200)
     assert RandomSearch(8, recalibrate=0) == RandomSearch(recalibrate=0, final_samples=8)
-    with pytest.raises(SearchError, match=r"final_samples=0 must be at least 1"):
+    with pytest.raises(SearchError, match=r"final_samples=0\): it must be a whole number"):
         RandomSearch(final_samples=0)
-    with pytest.raises(SearchError, match=r"recalibrate=-2 must be"):
+    with pytest.raises(SearchError, match=r"recalibrate=-2\): it must be a whole number"):
         RandomSearch(recalibrate=-2)

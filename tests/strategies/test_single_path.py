@@ -431,11 +431,11 @@ def test_queues_that_are_none_are_refused() -> None:
 @pytest.mark.parametrize(
     ("options", "match"),
     [
-        ({"population": 1}, r"population=1 must be at least 2"),
-        ({"generations": 0}, r"generations=0 at least 1"),
-        ({"recalibrate": -1}, r"recalibrate=-1 must be a number of batches, or 0"),
-        ({"recalibrate": True}, r"recalibrate=True must be"),
-        ({"recalibrate": ([], 200)}, r"recalibrate=\(\[\], 200\) must be"),
+        ({"population": 1}, r"population=1\): it must be a whole number of at least 2"),
+        ({"generations": 0}, r"generations=0\): it must be a whole number of at least 1"),
+        ({"recalibrate": -1}, r"recalibrate=-1\): it must be a whole number of at least 0"),
+        ({"recalibrate": True}, r"recalibrate=True\): it must be a whole number"),
+        ({"recalibrate": ([], 200)}, r"recalibrate=\(\[\], 200\)\): it must be a whole number"),
         ({"bins": (0, 10, 5), "fair": True}, r"bins and fair are two ways"),
     ],
 )
