@@ -50,4 +50,4 @@ bench: $(VENV)/.dev  ## the benchmarks, as JSON
 	$(BIN)/python benchmarks/latency.py
 
 clean:  ## remove the virtual environment and what the examples wrote
-	rm -rf $(VENV) quickstart-output
+	rm -rf $(VENV) *-output
