@@ -9,6 +9,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from nasfx.architecture import Architecture
 from nasfx.errors import SearchError
@@ -32,10 +33,10 @@ def batches(data: Iterable[Any], what: str, move: Callable[[Any], Any]) -> Itera
         move: puts a batch on the device.
 
     Raises:
-        SearchError: a batch is no pair, or there is none.
+        SearchError: a batch is no pair, or there is none. What `data` raises gets a note.
     """
     empty = True
-    for batch in data:
+    for batch in _noted(data, what):
         empty = False
         if not isinstance(batch, list | tuple) or len(batch) != 2:
             raise SearchError(f"a batch of {what} must be (inputs, target), not {type(batch)}")
@@ -43,6 +44,23 @@ def batches(data: Iterable[Any], what: str, move: Callable[[Any], Any]) -> Itera
         yield (tuple(inputs) if isinstance(inputs, list | tuple) else (inputs,)), target
     if empty:
         raise SearchError(f"{what} gave no batch; an iterator that is used up cannot be read again")
+
+
+def _noted(data: Iterable[Any], what: str) -> Iterator[Any]:
+    """`data`, whose errors carry a note that says which loader it was, and where."""
+    taken = 0
+    try:
+        for batch in data:
+            taken += 1
+            yield batch
+    except Exception as error:
+        error.add_note(f"{what} raised this instead of giving batch {taken} of a pass")
+        raise
+
+
+def requires_grad(outputs: Any) -> bool:
+    """Whether a gradient can flow back through any of the outputs."""
+    return any(isinstance(x, Tensor) and x.requires_grad for x in tree_leaves(outputs))
 
 
 def checked(net: Supernet, value: Any, inputs: tuple[Any, ...], what: str, when: str) -> float:
@@ -96,6 +114,18 @@ def evaluate(
             total += size * checked(net, value, inputs, "the metric", when)
             count += size
     return total / count
+
+
+def entropy(net: Supernet) -> float:
+    """The mean over the choices of the entropy of their decisions, in nats."""
+    entropies: list[float] = []
+    for label, p in net.probabilities().items():
+        choice = net.space[label]
+        if choice.kind == "layer" or choice.n_chosen == 1:
+            entropies.append(float(torch.special.entr(p).sum()))
+        else:  # of every input's being chosen
+            entropies.append(float((torch.special.entr(p) + torch.special.entr(1 - p)).sum()))
+    return sum(entropies) / len(entropies)
 
 
 def progress_bar(console: Console) -> Progress:

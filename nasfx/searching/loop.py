@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import cycle, islice
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,17 +17,22 @@ from torch.utils.data import DataLoader
 
 from nasfx.architecture import Architecture
 from nasfx.errors import SearchError
+from nasfx.searching.data_order import Randomness, Reader
 from nasfx.searching.evaluation import (
     Batch,
     Metric,
     batches,
     checked,
+    entropy,
     evaluate,
     progress_bar,
+    requires_grad,
 )
 from nasfx.searching.nonfinite import nonfinite_error
 from nasfx.searching.recalibration import Judge, Recalibration
-from nasfx.searching.result import SearchResult
+from nasfx.searching.result import RunState, SearchResult
+from nasfx.searching.resuming import Resumable, length
+from nasfx.searching.saving import Resume, Saving
 from nasfx.subnet import kept_modes
 from nasfx.supernet import Supernet
 
@@ -47,6 +53,10 @@ def search(
     seed: int | None = None,
     fabric: Fabric | None = None,
     console: Console | None = None,
+    checkpoint_dir: str | Path | None = None,
+    resume: Resume = "auto",
+    checkpoint_every: int | None = None,
+    keep: int = 2,
 ) -> SearchResult:
     """Search: weight steps on training batches, arch steps on validation batches.
 
@@ -54,11 +64,17 @@ def search(
     after those of the epoch (FBNet, ENAS), or never, where nothing is learned about the
     architecture while training. Strategies that learn from rewards are given the metric of the
     batch, or minus the loss where there is no metric. Unrolled DARTS is given the training batch
-    that follows. Every epoch ends with the
-    metric, in eval mode on the validation data, of the architecture found so far (of a drawn one
-    where nothing is learned); the search ends as the strategy concludes, with objectives weighed in
-    and bounds kept. Where it evaluates several architectures then, batch-norm statistics are
-    averaged anew for each if the strategy says so, and the net keeps those of the best.
+    that follows. Every epoch ends with the metric, in eval mode on the validation data, of the
+    architecture found so far (of a drawn one where nothing is learned); the search ends as the
+    strategy concludes, with objectives weighed in and bounds kept. Where it evaluates several
+    architectures then, batch-norm statistics are averaged anew for each if the strategy says so,
+    and the net keeps those of the best.
+
+    With a `checkpoint_dir` the search may be stopped at any time: called again with the same
+    arguments it goes on, and ends with the very bits of a run that was not stopped (on one machine
+    with as many threads, on the CPU; docs/running.md says under which conditions). A search that is
+    finished returns its result. SIGTERM and Ctrl-C let the batch finish, save, and end the process
+    with SystemExit(143) or KeyboardInterrupt.
 
     Args:
         net: what `transform` made. It is moved to the fabric's device and trained.
@@ -78,10 +94,19 @@ def search(
         fabric: a launched Lightning Fabric, for devices and mixed precision; by default one CPU
             process.
         console: where progress goes; by default the terminal, and nowhere if there is none.
+        checkpoint_dir: the folder of the checkpoints of this search alone; None for none.
+        resume: "auto": go on from the newest whole checkpoint there, or start if there is none.
+            True: it is an error if there is none. False: start, which is an error if there is one.
+            A path: go on from this file.
+        checkpoint_every: steps between checkpoints; each epoch ends with one anyway, and with None
+            there are no others.
+        keep: how many of the last checkpoints are kept, beside `best.pt`, that of the epoch with
+            the highest metric.
 
     Raises:
         SearchError: wrong arguments, an empty loader, or a loss, gradient or metric that is not
             finite: it names the choice, the candidate and the line of the model that produced it.
+        CheckpointError: a checkpoint cannot be read or written, or belongs to another search.
 
     Example:
         >>> # result = search(net, train, valid, loss=F.cross_entropy, epochs=20)
@@ -101,19 +126,31 @@ def search(
         fabric.launch()
     if seed is not None:
         net.seed(seed)
-    run = _Run(net, train, valid, loss, metric, epochs, warm, clip_norm, optimizers, fabric)
-    return run.run(console or Console(stderr=True))
+    console = console or Console(stderr=True)
+    saving = Saving(checkpoint_dir, resume, checkpoint_every, keep, console)
+    run = _Run(net, train, valid, loss, metric, epochs, warm, clip_norm, optimizers, fabric, saving)
+    saving.open(run.resumable(seed))
+    return run.run(console)
 
 
 class _Run:
     def __init__(
         self, net: Supernet, train: Any, valid: Any, loss: Loss, metric: Metric | None, epochs: int,
         warm: int, clip_norm: float | None, optimizers: Any, fabric: Fabric,
+        saving: Saving,
     ) -> None:  # fmt: skip
-        self.net, self.loss, self.metric, self.fabric = net, loss, metric, fabric
+        self.net, self.loss, self.metric = net, loss, metric
+        self.fabric, self.saving = fabric, saving
         self.epochs, self.warm, self.clip_norm = epochs, warm, clip_norm
         fabric.to_device(net)
         self.train, self.valid = (self._loader(data) for data in (train, valid))
+        self.randomness = Randomness(self.train, self.valid)
+        self.readers = {
+            "train": self._reader(self.train, "train"),
+            "valid": self._reader(self.valid, "valid"),  # for arch steps among weight steps
+            "phase": self._reader(self.valid, "valid"),  # for those after them
+        }
+        self.state = RunState()
         self.scheduler = None
         if optimizers is None:
             weights: torch.optim.Optimizer = torch.optim.SGD(net.weight_parameters(), 0.025, 0.9)
@@ -127,20 +164,31 @@ class _Run:
         self.weights, self.arch = both
         self.learns = bool(net.arch_parameters())
         self.schedule = net.strategy.schedule
+        self.endless = self.readers["valid"].endless()
 
     def _loader(self, data: Any) -> Any:
         return self.fabric.setup_dataloaders(data) if isinstance(data, DataLoader) else data
 
+    def _reader(self, data: Any, what: str) -> Reader:
+        return Reader(data, what, self.fabric.to_device, self.randomness)
+
+    def resumable(self, seed: int | None) -> Resumable:
+        """Everything that the search goes on from."""
+        optimizers = {"weights": self.weights.optimizer, "architecture": self.arch.optimizer}
+        options = {
+            "epochs": self.epochs, "warmup": self.warm, "clip_norm": self.clip_norm,
+            "metric": "minus the loss" if self.metric is None else "given", "seed": seed,
+        }  # fmt: skip
+        precision = self.fabric.strategy.precision
+        return Resumable(
+            self.net, optimizers, self.scheduler, precision, self.state, self.readers,
+            self.randomness, options,
+        )  # fmt: skip
+
     # -- steps -------------------------------------------------------------------------------------
 
-    def _batches(self, data: Any, what: str) -> Iterator[Batch]:
-        return batches(data, what, self.fabric.to_device)
-
-    def _endless(self) -> Iterator[Batch]:
-        while True:
-            yield from self._batches(self.valid, "valid")
-
     def _outputs(self, inputs: tuple[Any, ...]) -> Any:
+        self.saving.check_evaluation()
         with self.fabric.autocast():
             return self.net(*inputs)
 
@@ -193,9 +241,12 @@ class _Run:
 
     def _weight_step(self, inputs: tuple[Any, ...], target: Any) -> float:
         with self.net.weight_step():
-            value = self.loss(self._outputs(inputs), target)
+            outputs = self._outputs(inputs)
+            value = self.loss(outputs, target)
             number = self._checked(value, inputs, "the training loss")
-            self.fabric.backward(value)
+            # A drawn path may hold no weights at all: then there is nothing to train.
+            if value.requires_grad or requires_grad(outputs):
+                self.fabric.backward(value)
         if self.clip_norm is not None:
             with_grad = [p for p in self.net.weight_parameters() if p.grad is not None]
             torch.nn.utils.clip_grad_norm_(with_grad, self.clip_norm)
@@ -209,8 +260,11 @@ class _Run:
 
     def evaluate(self, arch: Architecture) -> float:
         """The metric of one architecture over the validation data, in eval mode."""
-        data = self._batches(self.valid, "valid")
-        return evaluate(self.net, arch, data, self._metric, when=self.position, run=self._outputs)
+        data = batches(self.valid, "valid", self.fabric.to_device)
+        with self.saving.evaluating():
+            return evaluate(
+                self.net, arch, data, self._metric, when=self.position, run=self._outputs
+            )
 
     def _judge(self) -> Judge:
         """Evaluates the architectures among which the strategy chooses at the end."""
@@ -221,92 +275,129 @@ class _Run:
     # -- the loop ----------------------------------------------------------------------------------
 
     def run(self, console: Console) -> SearchResult:
-        """All epochs, then the strategy's conclusion."""
-        records: list[dict[str, Any]] = []
-        valid = self._endless()
-        with kept_modes(self.net), progress_bar(console) as progress:
-            try:
-                total = len(self.train) * self.epochs
-            except TypeError:
-                total = None
-            task = progress.add_task("search", total=total, figures="")
-            for epoch in range(self.epochs):
-                records.append(self._epoch(epoch, valid, progress, task, records))
+        """All epochs, then the strategy's conclusion; from where the state stands."""
+        if self.state.part == "finished":
+            return self.state.result()
+        with kept_modes(self.net), progress_bar(console) as progress, self.saving.watching():
+            self._show(progress)
+            while self.state.epoch < self.epochs:
+                self._epoch()
+            self._conclude()
+        return self.state.result()
+
+    def _show(self, progress: Progress) -> None:
+        n = length(self.train)
+        done = 0 if n is None else self.state.epoch * n
+        if self.state.part == "weights":
+            done += self.state.step
+        total = None if n is None else n * self.epochs
+        self.progress = progress
+        self.task = progress.add_task("search", total=total, completed=done, figures="")
+
+    def _epoch(self) -> None:
+        state = self.state
+        self.started = time.perf_counter() - state.seconds
+        self.net.train()
+        searching = self.learns and state.epoch >= self.warm
+        if state.part == "weights":
+            self._weights(self.schedule.every if searching else 0)
+        if state.part == "arch":
+            if searching and not self.schedule.every:
+                self._phase()
+            if searching:
+                self.net.end_epoch()
+            state.arch = self.net.derive() if self.learns else self.net.sample()
+            state.enter("evaluation")
+        self._end_epoch()
+
+    def _weights(self, every: int) -> None:
+        """The weight steps of an epoch, with an arch step before every so many."""
+        state, reader = self.state, self.readers["train"]
+        for batch in reader.rest():
+            self.position = f"in epoch {state.epoch}, batch {state.step}"
+            if every and state.step % every == 0:
+                state.arch_losses.append(self._arch_step(self.endless, batch))
+            state.train_losses.append(self._weight_step(*batch))
+            figures = f"epoch {state.epoch} loss {state.train_losses[-1]:.4f}"
+            if state.records:  # of the epoch before; every batch would be too often
+                last = state.records[-1]
+                figures += f" metric {last['metric']:.4f} entropy {last['entropy']:.3f}"
+            self.progress.update(self.task, advance=1, figures=figures)
+            self._stepped()
+        reader.close()
+        state.enter("arch")
+
+    def _phase(self) -> None:
+        """The arch steps that follow the weight steps of an epoch."""
+        state, steps, reader = self.state, self.schedule.steps, self.readers["phase"]
+        one_pass = reader.rest()
+        while steps is None or state.step < steps:
+            self.position = f"in epoch {state.epoch}, arch step {state.step}"
+            source = self.endless
+            if steps is None:
+                # The last step of the pass goes round what is left of it.
+                n = 1 if self.schedule.same_batch else self.schedule.draws
+                left = list(islice(one_pass, n))
+                if not left:
+                    break
+                source = cycle(left)
+            state.arch_losses.append(self._arch_step(source, None))
+            self._stepped()
+        reader.close()
+
+    def _stepped(self) -> None:
+        self.state.step += 1
+        self.state.steps += 1
+        self.state.seconds = time.perf_counter() - self.started
+        self.saving.after_step()
+
+    def _end_epoch(self) -> None:
+        """Evaluate what has been found, and write the record."""
+        state = self.state
+        assert state.arch is not None
+        lr, nats = self.weights.param_groups[0]["lr"], entropy(self.net)
+        self.position = f"at the end of epoch {state.epoch}"
+        metric = self.evaluate(state.arch)
+        if self.scheduler is not None:
+            self.scheduler.step()
+        train, arch = state.train_losses, state.arch_losses
+        record = {
+            "epoch": state.epoch,
+            "train_loss": sum(train) / len(train),
+            "arch_loss": sum(arch) / len(arch) if arch else None,
+            "metric": metric,
+            "entropy": nats,
+            "lr": lr,
+            "seconds": time.perf_counter() - self.started,
+        }
+        state.end_epoch(record)
+        state.steps += 1
+        self.saving.after_epoch()
+
+    def _conclude(self) -> None:
+        """Let the strategy choose; what it has evaluated before is not evaluated again."""
+        state = self.state
         self.position = "after the last epoch"
-        judge = self._judge()
-        metrics: dict[Architecture, float] = {}
+        generator = self.net._arch.state.generator
+        if state.draws is None:
+            state.enter("conclusion")
+            state.draws = generator.get_state()
+        generator.set_state(state.draws)
+        judge, metrics = self._judge(), state.evaluated
 
         def scored(arch: Architecture) -> float:
-            metrics[arch] = judge.evaluate(arch, f"{self.position}, for {dict(arch)}")
+            if arch not in metrics:
+                with self.saving.evaluating():
+                    metric = judge.evaluate(arch, f"{self.position}, for {dict(arch)}")
+                metrics[arch] = metric
+                state.steps += 1
+                self.saving.after_evaluation()
             return self.net.scored(metrics[arch], arch)
 
         best = self.net.conclude(scored)
-        if best not in metrics:
-            scored(best)
+        scored(best)
         judge.adopt(best)
-        return SearchResult(best, tuple(records), metrics[best], metrics)
-
-    def _epoch(
-        self, epoch: int, valid: Any, progress: Progress, task: Any, records: list[dict[str, Any]]
-    ) -> dict[str, Any]:
-        start = time.perf_counter()
-        self.net.train()
-        searching = self.learns and epoch >= self.warm
-        every = self.schedule.every if searching else 0
-        train_losses: list[float] = []
-        arch_losses: list[float] = []
-        for i, batch in enumerate(self._batches(self.train, "train")):
-            self.position = f"in epoch {epoch}, batch {i}"
-            if every and i % every == 0:
-                arch_losses.append(self._arch_step(valid, batch))
-            train_losses.append(self._weight_step(*batch))
-            figures = f"epoch {epoch} loss {train_losses[-1]:.4f}"
-            if records:  # of the epoch before; every batch would be too often
-                last = records[-1]
-                figures += f" metric {last['metric']:.4f} entropy {last['entropy']:.3f}"
-            progress.update(task, advance=1, figures=figures)
-        if searching:
-            if not every:
-                arch_losses += self._phase(epoch, valid)
-            self.net.end_epoch()
-        lr = self.weights.param_groups[0]["lr"]
-        if self.scheduler is not None:
-            self.scheduler.step()
-        arch = self.net.derive() if self.learns else self.net.sample()
-        return {
-            "epoch": epoch,
-            "train_loss": sum(train_losses) / len(train_losses),
-            "arch_loss": sum(arch_losses) / len(arch_losses) if arch_losses else None,
-            "metric": self.evaluate(arch),
-            "entropy": self._entropy(),
-            "lr": lr,
-            "seconds": time.perf_counter() - start,
-        }
-
-    def _phase(self, epoch: int, valid: Iterator[Batch]) -> list[float]:
-        """The arch steps that follow the weight steps of an epoch."""
-        losses: list[float] = []
-        if (steps := self.schedule.steps) is not None:
-            for i in range(steps):
-                self.position = f"in epoch {epoch}, arch step {i}"
-                losses.append(self._arch_step(valid, None))
-            return losses
-        one_pass = self._batches(self.valid, "valid")
-        while True:
-            self.position = f"in epoch {epoch}, arch step {len(losses)}"
-            # The last step of the pass goes round what is left of it.
-            left = list(islice(one_pass, 1 if self.schedule.same_batch else self.schedule.draws))
-            if not left:
-                return losses
-            losses.append(self._arch_step(cycle(left), None))
-
-    def _entropy(self) -> float:
-        """The mean over the choices of the entropy of their decisions, in nats."""
-        entropies: list[float] = []
-        for label, p in self.net.probabilities().items():
-            choice = self.net.space[label]
-            if choice.kind == "layer" or choice.n_chosen == 1:
-                entropies.append(float(torch.special.entr(p).sum()))
-            else:  # of every input's being chosen
-                entropies.append(float((torch.special.entr(p) + torch.special.entr(1 - p)).sum()))
-        return sum(entropies) / len(entropies)
+        state.architecture = best
+        state.enter("finished")
+        state.steps += 1
+        self.saving.after_end()

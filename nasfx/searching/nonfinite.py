@@ -69,6 +69,20 @@ def nonfinite_error(net: Supernet, inputs: tuple[Any, ...], when: str) -> Search
     return SearchError(f"{when}: every subnet's output is finite, so it is the loss that is not")
 
 
+def check_parameters(net: Supernet, when: str) -> None:
+    """Check that the parameters are finite, before they are saved.
+
+    Raises:
+        SearchError: one is not; it is named.
+    """
+    for name, p in net.named_parameters():
+        if not finite(p):
+            raise SearchError(
+                f"{when}: the parameter {name} is not finite any more, so an earlier step made it "
+                "so, and nothing was saved; lower the learning rate, or clip the gradients"
+            )
+
+
 def _subnets(net: Supernet) -> list[Architecture]:
     base = net.path if net.strategy.samples else net.space.sample(torch.Generator().manual_seed(0))
     found = {base: None}

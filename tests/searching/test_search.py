@@ -599,3 +599,20 @@ def test_batches_of_the_metric_count_by_their_size() -> None:
         metric=lambda outputs, target: float(len(target)),
     )  # fmt: skip
     assert result.best_metric == pytest.approx((4 * 4.0 + 1 * 1.0) / 5)
+
+
+def test_paths_without_weights_train_nothing_and_end_no_search() -> None:
+    class Plain(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.choice = LayerChoice({"lin": nn.Linear(3, 3), "skip": nn.Identity()}, label="c")
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.choice(x)
+
+    data = [(torch.randn(4, 3), torch.randn(4, 3))] * 8
+    net = nasfx.transform(Plain(), "single-path", seed=0)
+    before = net.weight_parameters()[0].detach().clone()
+    result = nasfx.search(net, data, data, loss=F.mse_loss, epochs=1)
+    assert len(result.records) >= 1
+    assert not torch.equal(before, net.weight_parameters()[0])
