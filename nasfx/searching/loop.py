@@ -221,7 +221,9 @@ class _Run:
             if self.net.strategy.rewarded and self.metric is not None:
                 reward = self.metric(outputs, target)
             self.fabric.backward(self.net.objective(value, reward))
-        for p in self.net.arch_parameters():
+        # With scaled losses (16-mixed) an overflow is normal: the scaler skips the step.
+        scaled = getattr(self.fabric.strategy.precision, "scaler", None) is not None
+        for p in () if scaled else self.net.arch_parameters():
             if p.grad is not None and not bool(torch.isfinite(p.grad).all()):
                 raise nonfinite_error(
                     self.net,
@@ -248,6 +250,7 @@ class _Run:
             if value.requires_grad or requires_grad(outputs):
                 self.fabric.backward(value)
         if self.clip_norm is not None:
+            self.fabric.strategy.precision.unscale_gradients(self.weights.optimizer)
             with_grad = [p for p in self.net.weight_parameters() if p.grad is not None]
             torch.nn.utils.clip_grad_norm_(with_grad, self.clip_norm)
         self.weights.step()

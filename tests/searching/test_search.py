@@ -7,12 +7,15 @@ import io
 import math
 import re
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from lightning_fabric import Fabric
+from lightning_fabric.plugins.precision import MixedPrecision
 from rich.console import Console
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
@@ -616,3 +619,27 @@ def test_paths_without_weights_train_nothing_and_end_no_search() -> None:
     result = nasfx.search(net, data, data, loss=F.mse_loss, epochs=1)
     assert len(result.records) >= 1
     assert not torch.equal(before, net.weight_parameters()[0])
+
+
+class Scaling(MixedPrecision):
+    """Scaled losses as under 16-mixed, on a CPU and in float32."""
+
+    def __init__(self) -> None:
+        super().__init__("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=1024.0))
+
+    def forward_context(self) -> Any:
+        return nullcontext()
+
+
+def test_gradients_of_scaled_losses_are_clipped_as_those_of_others() -> None:
+    x, y = torch.randn(8, 3), torch.randn(8, 2)
+    found: list[Tensor] = []
+    for plugins in ([], [Scaling()]):
+        fabric = Fabric(accelerator="cpu", devices=1, plugins=plugins)
+        fabric.launch()
+        net = nasfx.transform(built(Chain).float(), "darts", seed=0)
+        nasfx.search(
+            net, [(x, y)] * 3, [(x, y)], loss=F.mse_loss, epochs=1, clip_norm=0.01, fabric=fabric
+        )
+        found.append(torch.cat([p.detach().flatten() for p in net.weight_parameters()]))
+    torch.testing.assert_close(found[0], found[1], rtol=1e-5, atol=1e-6)
