@@ -159,6 +159,7 @@ def macs_of(model: Any) -> dict[str, int]:
 
 
 def unpriced(kernels: tuple[Kernel, ...]) -> str:
+    """The kernels without a price and why, a line each, the largest first."""
     return "\n".join(
         f"  {k.type} ({', '.join(k.nodes)}), {k.macs:,} MACs: {k.reason}"
         for k in sorted(kernels, key=lambda k: -k.macs)

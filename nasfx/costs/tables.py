@@ -26,6 +26,7 @@ _SHOWN = 3
 
 
 def _own_key(part: Part) -> tuple[str, ...]:
+    """The part's own key alone."""
     return (part.key,)
 
 

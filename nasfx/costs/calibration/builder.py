@@ -27,10 +27,12 @@ class Value:
 
     @property
     def channels(self) -> int:
+        """The second dimension."""
         return self.shape[1]
 
     @property
     def height(self) -> int:
+        """The third dimension."""
         return self.shape[2]
 
 
@@ -50,6 +52,7 @@ class Builder:
         self._outputs: list[Value] = []
 
     def input(self, *shape: int) -> Value:
+        """An input of the graph."""
         value = Value(f"input{len(self._inputs)}", shape)
         self._inputs.append(value)
         return value
@@ -69,6 +72,7 @@ class Builder:
         return outs[0] if len(outs) == 1 else outs
 
     def constant(self, array: np.ndarray) -> str:
+        """The name of an initializer that holds `array`."""
         name = f"constant{len(self._weights)}"
         self._weights.append(self._onnx.numpy_helper.from_array(array, name))
         return name
@@ -109,12 +113,15 @@ class Builder:
         return self.node(op, [x.name], x.shape, **attributes)
 
     def add(self, x: Value, y: Value) -> Value:
+        """The sum of two tensors of one shape."""
         return self.node("Add", [x.name, y.name], x.shape)
 
     def mul(self, x: Value, y: Value) -> Value:
+        """The product; `y` may be broadcast."""
         return self.node("Mul", [x.name, y.name], x.shape)
 
     def batch_norm(self, x: Value) -> Value:
+        """A batch norm of its own, with random statistics."""
         rows = [np.abs(self._rng.standard_normal(x.channels)) + 0.5 for _ in range(4)]
         constants = [self.constant(row.astype(np.float32)) for row in rows]
         return self.node("BatchNormalization", [x.name, *constants], x.shape)
@@ -147,6 +154,7 @@ class Builder:
         return self.mul(x, self.conv(s, x.channels, act=gate))
 
     def concat(self, *values: Value) -> Value:
+        """Tensors joined along the channels."""
         shape = (1, sum(value.channels for value in values), *values[0].shape[2:])
         return self.node("Concat", [value.name for value in values], shape, axis=1)
 
@@ -158,9 +166,11 @@ class Builder:
         return self.node("Split", [x.name, sizes], *shapes, axis=1)
 
     def reshape(self, x: Value, *shape: int) -> Value:
+        """The same elements in another shape."""
         return self.node("Reshape", [x.name, self.constant(np.array(shape, np.int64))], shape)
 
     def transpose(self, x: Value, *order: int) -> Value:
+        """The axes in another order."""
         shape = tuple(x.shape[axis] for axis in order)
         return self.node("Transpose", [x.name], shape, perm=list(order))
 
