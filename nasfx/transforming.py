@@ -14,7 +14,17 @@ from nasfx.costs.model import CostModel
 from nasfx.costs.objectives import Objective, checked_objectives
 from nasfx.errors import SearchError, SpaceError
 from nasfx.ops.stages import CHOICE
-from nasfx.passes import AnnotateCost, Canonicalize, InferShapes, RemoveDeadCode
+from nasfx.passes import (
+    AnnotateCost,
+    Canonicalize,
+    CheapenDepthwise,
+    DropZeroCandidates,
+    InferShapes,
+    PropagateChannelsLast,
+    RemoveDeadCode,
+    ShareNorms,
+    ShareSubexpressions,
+)
 from nasfx.rewriting.graph import ModelGraph, copy_graph_module
 from nasfx.rewriting.passes import Pass, PassContext
 from nasfx.rewriting.pipeline import History, Pipeline
@@ -24,6 +34,15 @@ from nasfx.strategies.bounded import check_bounds
 from nasfx.supernet import Supernet
 from nasfx.tracing import as_tuple, refuse_names, trace
 
+WEIGHTED_SUM: tuple[Pass, ...] = (
+    DropZeroCandidates(), ShareSubexpressions(), ShareNorms(), PropagateChannelsLast(),
+    CheapenDepthwise(),
+)  # fmt: skip
+"""What `transform(optimize="auto")` runs on the lowered graph of a weighted-sum strategy.
+
+`FoldGatesIntoNorms` is not among them: it saves memory and costs time, see docs/performance.md.
+"""
+
 
 def transform(
     model: nn.Module,
@@ -31,6 +50,7 @@ def transform(
     *,
     example_inputs: Any = None,
     objective: Objective | Sequence[Objective] | None = None,
+    optimize: str | Sequence[Pass] = "auto",
     extra_passes: Sequence[Pass] = (),
     verify: str = "fast",
     seed: int = 0,
@@ -48,6 +68,10 @@ def transform(
             candidates that cannot be summed are refused here and not at the first step.
         objective: what the architecture should cost, beside the task: `Flops`, `Params` or
             `Latency`, `CustomCost`, or several of them; they need `example_inputs`.
+        optimize: which passes make the lowered graph cheaper to run. "auto" takes
+            `nasfx.transforming.WEIGHTED_SUM` for strategies that run the mixture of all candidates
+            and none for those that run one path: a fixed rule, so runs repeat. "off" takes none;
+            or give instances of passes. `history` has what each of them did, and declined.
         extra_passes: instances of passes of your own. Those of stage CHOICE rewrite the graph
             that both the search and `finalize` start from; others run at the end of their stage.
         verify: "fast" checks the graph between all passes, "off" does not.
@@ -58,8 +82,8 @@ def transform(
     Raises:
         TraceError: the model cannot be traced.
         SpaceError: there is no choice, or the strategy has no rule for one.
-        SearchError: no such strategy; a bound that no architecture keeps, or an objective whose
-            logarithm is not defined.
+        SearchError: no such strategy, or no such value of `optimize`; a bound that no architecture
+            keeps, or an objective whose logarithm is not defined.
         PassError, VerifyError: a pass failed, or left a graph that breaks a rule.
 
     Example:
@@ -108,7 +132,8 @@ def transform(
     front = Pipeline((Canonicalize(), InferShapes())).with_passes(own)
     if objectives:
         front = front.with_passes([AnnotateCost()])
-    lowering = Pipeline((*chosen.passes(space), RemoveDeadCode())).with_passes(others)
+    lowering = Pipeline((*chosen.passes(space), RemoveDeadCode()))
+    lowering = lowering.with_passes(_optimisations(optimize, chosen)).with_passes(others)
     choice_graphs: dict[str, ModelGraph] = {}
     lowered: dict[str, ModelGraph] = {}
     histories: dict[str, History] = {}
@@ -134,6 +159,17 @@ def transform(
     return Supernet(
         traced, chosen, space, choice_graphs, lowered, histories, arch, objectives, costs
     )
+
+
+def _optimisations(optimize: str | Sequence[Pass], strategy: Strategy) -> Sequence[Pass]:
+    """The passes that `optimize` stands for."""
+    if not isinstance(optimize, str):
+        return optimize
+    if optimize not in ("auto", "off"):
+        raise SearchError(
+            f"optimize={optimize!r} must be 'auto', 'off', or a list of instances of passes"
+        )
+    return WEIGHTED_SUM if optimize == "auto" and not strategy.samples else ()
 
 
 def _declare(

@@ -3,6 +3,7 @@
 from nasfx.ops.arch_state import ArchState as ArchState
 from nasfx.ops.binary import BinaryGate as BinaryGate
 from nasfx.ops.binary import InputBinaryGate as InputBinaryGate
+from nasfx.ops.depthwise import depthwise_conv as depthwise_conv
 from nasfx.ops.expectation import activity as activity
 from nasfx.ops.expectation import drawn_gate as drawn_gate
 from nasfx.ops.expectation import expected_cost as expected_cost
@@ -16,7 +17,10 @@ from nasfx.ops.gates import gumbel_logits as gumbel_logits
 from nasfx.ops.gates import inclusion_gate as inclusion_gate
 from nasfx.ops.gates import pair_gate as pair_gate
 from nasfx.ops.gates import softmax_gate as softmax_gate
+from nasfx.ops.layout import channels_last as channels_last
 from nasfx.ops.mix import mix as mix
+from nasfx.ops.norms import mix_norms as mix_norms
+from nasfx.ops.norms import shared_norms as shared_norms
 from nasfx.ops.select import Deferred as Deferred
 from nasfx.ops.select import Demanded as Demanded
 from nasfx.ops.select import InputSwitch as InputSwitch

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -19,7 +19,8 @@ def mix(gate: Tensor, outputs: Sequence[Any], label: str = "") -> Any:
 
     Args:
         gate: the weights, shape (candidates,); cast to the outputs' dtype.
-        outputs: one output for each weight, all of one structure and of equal shapes.
+        outputs: one output for each weight, all of one structure and of equal shapes; the number 0
+            stands for zeros of that shape.
         label: the choice's label, for errors and for the reader of the graph.
 
     Raises:
@@ -27,7 +28,7 @@ def mix(gate: Tensor, outputs: Sequence[Any], label: str = "") -> Any:
 
     Source: DARTS (arXiv 1806.09055), equation 2.
     """
-    if isinstance(outputs[0], Tensor):
+    if any(isinstance(output, Tensor) for output in outputs):
         return _sum(gate, outputs, label)
     first, spec = pytree.tree_flatten(outputs[0])
     rows = [first]
@@ -48,17 +49,84 @@ def _mixed(gate: Tensor, column: Sequence[Any], label: str) -> Any:
     return column[0]
 
 
-def _sum(gate: Tensor, outputs: Sequence[Tensor], label: str) -> Tensor:
-    for k, output in enumerate(outputs):
-        if not isinstance(output, Tensor) or output.shape != outputs[0].shape:
+def _sum(gate: Tensor, outputs: Sequence[Any], label: str) -> Tensor:
+    kept = _kept(outputs)
+    check_alike(outputs, label)
+    tensors: list[Tensor] = [outputs[k] for k in kept]
+    first = tensors[0]
+    weights = gate.to(first.dtype)
+    one_dtype = all(output.dtype == first.dtype for output in tensors)
+    if one_dtype and not first.is_complex() and not torch.compiler.is_compiling():
+        return cast("Tensor", _WeightedSum.apply(weights, kept, *tensors))
+    each = weights.unbind(0)
+    total = each[kept[0]] * first
+    for k, output in zip(kept[1:], tensors[1:], strict=True):
+        total = total + each[k] * output
+    return total
+
+
+def _kept(outputs: Sequence[Any]) -> list[int]:
+    """The outputs that are not the number 0."""
+    return [k for k, output in enumerate(outputs) if not (type(output) is int and output == 0)]
+
+
+def check_alike(outputs: Sequence[Any], label: str) -> None:
+    """Refuse what has no weighted sum: other things than floating-point tensors of one shape."""
+    kept = _kept(outputs)
+    for k in kept:
+        output = outputs[k]
+        if not isinstance(output, Tensor) or output.shape != outputs[kept[0]].shape:
             raise SearchError(unlike_shapes(label, [getattr(o, "shape", None) for o in outputs], k))
         if not (output.is_floating_point() or output.is_complex()):
             raise SearchError(f"choice {label!r}: outputs of {output.dtype} have no weighted sum")
-    weights = gate.to(outputs[0].dtype).unbind(0)
-    total = weights[0] * outputs[0]
-    for weight, output in zip(weights[1:], outputs[1:], strict=True):
-        total = total + weight * output
-    return total
+
+
+class _WeightedSum(torch.autograd.Function):
+    """sum_k weights[kept[k]] * outputs[k], added up in place; outputs of one real dtype.
+
+    The outputs are kept for the backward only where the weights need a gradient, which is a dot
+    product for each of them: no product of two outputs is ever stored.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, weights: Tensor, kept: Sequence[int], *outputs: Tensor) -> Tensor:
+        """The sum, of the shape of the outputs."""
+        ctx.kept = kept
+        ctx.save_for_backward(weights, *(outputs if ctx.needs_input_grad[0] else ()))
+        each = weights.unbind(0)
+        total = each[kept[0]] * outputs[0]
+        for k, output in zip(kept[1:], outputs[1:], strict=True):
+            total.addcmul_(each[k], output)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        """The gradients, made of differentiable operations: a second backward runs through them."""
+        (grad,) = grads
+        weights, *outputs = ctx.saved_tensors
+        each = weights.unbind(0)
+        of_weights = None
+        if outputs:
+            dots = dict(zip(ctx.kept, (_dot(grad, output) for output in outputs), strict=True))
+            nothing = torch.zeros_like(each[0])
+            of_weights = torch.stack([dots.get(k, nothing) for k in range(len(each))])
+        needs = ctx.needs_input_grad[2:]
+        return (
+            of_weights,
+            None,
+            *(each[k] * grad if need else None for k, need in zip(ctx.kept, needs, strict=True)),
+        )
+
+
+def _dot(a: Tensor, b: Tensor) -> Tensor:
+    """The sum of the products, 0-d; in one sweep where both lie in memory in one order."""
+    if a.dtype in (torch.float32, torch.float64):
+        if a.is_contiguous() and b.is_contiguous():
+            return torch.dot(a.view(-1), b.view(-1))
+        last = torch.channels_last
+        if a.dim() == 4 and all(t.is_contiguous(memory_format=last) for t in (a, b)):
+            return torch.dot(*(t.permute(0, 2, 3, 1).reshape(-1) for t in (a, b)))
+    return (a * b).sum()
 
 
 def unlike_shapes(label: str, shapes: Sequence[Any], k: int, where: str = "") -> str:
