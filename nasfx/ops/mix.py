@@ -43,7 +43,8 @@ def mix(gate: Tensor, outputs: Sequence[Any], label: str = "") -> Any:
 
 def _mixed(gate: Tensor, column: Sequence[Any], label: str) -> Any:
     if any(isinstance(value, Tensor) for value in column):
-        return _sum(gate, column, label)
+        # Only as a whole output does the number 0 stand for zeros.
+        return _sum(gate, [v if isinstance(v, Tensor) else None for v in column], label)
     if any(type(v) is not type(column[0]) or v != column[0] for v in column):
         raise SearchError(f"choice {label!r}: candidates return different constants: {column}")
     return column[0]

@@ -7,6 +7,7 @@ from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -303,6 +304,4 @@ def _check_entries(what: str, saved: Mapping[str, Any], own: Mapping[str, Any]) 
 
 def versions() -> dict[str, str]:
     """What wrote a checkpoint."""
-    from nasfx import __version__
-
-    return {"nasfx": __version__, "torch": str(torch.__version__)}
+    return {"nasfx": metadata.version("nasfx"), "torch": str(torch.__version__)}

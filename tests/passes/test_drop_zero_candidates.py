@@ -7,7 +7,8 @@ from hypothesis import given, settings
 from nasfx.passes import DropZeroCandidates, FunctionalizeInplace, LowerWeightedSum
 from torch import Tensor, nn
 
-from nasfx import LayerChoice
+from nasfx import LayerChoice, SearchError
+from nasfx.ops import mix
 from nasfx.rewriting.printing import format_graph
 from nasfx.spaces import blocks
 from tests.models import DartsNet, Zero
@@ -112,6 +113,13 @@ def test_the_weight_of_zeros_counts_and_learns() -> None:
     none, other = grads["arch.block"].tolist()
     assert abs(none) > 1e-3
     assert none == pytest.approx(-other, rel=1e-12)
+
+
+def test_the_number_0_is_a_whole_output_and_no_item_of_one() -> None:
+    gate, x = torch.tensor([0.25, 0.75]), torch.ones(2)
+    assert mix(gate, [0, x]).tolist() == [0.75, 0.75]
+    with pytest.raises(SearchError, match="needs outputs of one shape"):
+        mix(gate, [(x, x), (x, 0)])
 
 
 def test_a_darts_net() -> None:
