@@ -48,6 +48,8 @@ format: $(VENV)/.dev  ## apply formatting and the linter's safe fixes
 bench: $(VENV)/.dev  ## the benchmarks, as JSON
 	$(BIN)/python benchmarks/transform.py
 	$(BIN)/python benchmarks/latency.py
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/supernet.py
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/sampled.py
 
 clean:  ## remove the virtual environment and what the examples wrote
 	rm -rf $(VENV) *-output
