@@ -103,8 +103,11 @@ def _of_weight(grad: Tensor, x: Tensor, weight: Tensor, s: int, p: int, d: int) 
     for first, count in _columns(k):
         left = p - first
         right = (grad.shape[3] - 1) * s + count - x.shape[3] - left
-        moved = F.pad(x, (left, right))
         part = weight[:, :, :, first : first + count]
+        if max(-left, -right) >= x.shape[3]:
+            parts.append(torch.zeros_like(part))  # these columns see nothing but padding
+            continue
+        moved = F.pad(x, (left, right))
         parts.append(_backward(grad, moved, part, (s, s), (p, 0), (1, 1), mask)[1])
     return torch.cat(parts, 3)
 
