@@ -34,7 +34,7 @@ class Latency(Objective):
 
     Args:
         hardware: a name of `nasfx.known_hardware()`, the folder of a predictor, a source of
-            `nasfx.costs` (`LookupTable`, `Measured`, `NnMeter`), or a function that is given every
+            `nasfx.costs` (`LatencyTable`, `Measured`, `NnMeter`), or a function that is given every
             part (`nasfx.costs.Part`) and returns milliseconds.
         target: the latency to aim at, in `unit`.
         max: what the derived architecture may take at most, in `unit`.

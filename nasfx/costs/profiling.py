@@ -81,17 +81,22 @@ class Profile:
 
     def __str__(self) -> str:
         """The table as plain text, 100 columns wide."""
-        text = io.StringIO()
-        console = Console(
-            file=text,
-            width=_WIDTH,
-            color_system=None,
-            force_terminal=False,
-            force_jupyter=False,
-            legacy_windows=False,
-        )
-        console.print(self.table())
-        return "\n".join(line.rstrip() for line in text.getvalue().splitlines())
+        return as_text(self.table())
+
+
+def as_text(table: Table) -> str:
+    """A table as plain text, 100 columns wide, wherever it is printed."""
+    text = io.StringIO()
+    console = Console(
+        file=text,
+        width=_WIDTH,
+        color_system=None,
+        force_terminal=False,
+        force_jupyter=False,
+        legacy_windows=False,
+    )
+    console.print(table)
+    return "\n".join(line.rstrip() for line in text.getvalue().splitlines())
 
 
 def _distinct(texts: tuple[str, ...]) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import fx, nn
@@ -135,7 +136,7 @@ def _module(node: fx.Node) -> nn.Module | None:
     return None if owner is None else owner.get_submodule(str(node.target))
 
 
-_PASS_ZEROS = _VIEWS | {"add", "cat", "clone", "mean", "neg", "stack", "sum", "sub"}
+_PASS_ZEROS = _VIEWS | {"cat", "clone", "mean", "neg", "stack", "sum"}
 _MAKE_ZEROS = {"zeros_like", "new_zeros", "zeros", "zero_"}
 
 
@@ -143,27 +144,41 @@ def gives_zeros(module: nn.Module | None) -> bool:
     """Whether a graph module returns zeros whatever it is given, by its structure.
 
     Recognises a product with the number 0, functions that make zeros, and views, sums and
-    concatenations of these. A module without a graph is not looked into.
+    concatenations of these, into whose memory nothing else is written. A module without a graph is
+    not looked into.
     """
     if not isinstance(module, fx.GraphModule):
         return False
     zeros: set[fx.Node] = set()
     for node in module.graph.nodes:
-        name = str(getattr(node.target, "__name__", node.target))
-        inputs = node.all_input_nodes
-        if node.op in ("call_function", "call_method"):
-            if name in ("mul", "imul", "mul_"):
-                product = any(
-                    a in zeros or (isinstance(a, int | float) and a == 0) for a in node.args
-                )
-            else:
-                passed = name in _PASS_ZEROS and bool(inputs) and zeros.issuperset(inputs)
-                product = name in _MAKE_ZEROS or passed
-            if product:
-                zeros.add(node)
-        elif node.op == "output":
-            return zeros.issuperset(inputs) and bool(inputs)
-    return False
+        if node.op in ("call_function", "call_method") and _is_zero(node, zeros):
+            zeros.add(node)
+    given = module.graph.output_node().all_input_nodes
+    if not given or not zeros.issuperset(given):
+        return False
+    effects = Effects(module.graph)
+    return all(zeros.issuperset(effects.writers.get(effects.base[node], ())) for node in given)
+
+
+def _is_zero(node: fx.Node, zeros: set[fx.Node]) -> bool:
+    """Whether a call gives zeros where `zeros` are."""
+
+    def zero(value: Any) -> bool:
+        return (
+            value in zeros
+            if isinstance(value, fx.Node)
+            else isinstance(value, int | float) and value == 0
+        )
+
+    name = str(getattr(node.target, "__name__", node.target))
+    if name in ("mul", "imul", "mul_"):
+        return any(map(zero, node.args))
+    if name in ("add", "sub"):
+        return all(map(zero, node.args)) and node.kwargs.keys() <= {"alpha"}
+    inputs = node.all_input_nodes
+    return name in _MAKE_ZEROS or (
+        name in _PASS_ZEROS and bool(inputs) and zeros.issuperset(inputs)
+    )
 
 
 def adds_to_input(module: nn.Module | None) -> bool:

@@ -53,6 +53,23 @@ def test_parts_of_random_models(model: RandomModel) -> None:
     check_parts(model, 4)
 
 
+class Side(nn.Module):
+    """A call that is run only where it is chosen reads one that is always run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.base, self.side = conv(), conv(1)
+        self.pick = InputChoice(2, 1, label="pick")
+
+    def forward(self, x: Tensor) -> Tensor:
+        base = self.base(x)
+        return base + self.pick([x, self.side(base)])
+
+
+def test_a_part_is_run_under_one_condition() -> None:
+    check_parts(Side(), 2)
+
+
 def parts(model: nn.Module, x: Tensor | None = None) -> list[Part]:
     seen: list[Part] = []
 

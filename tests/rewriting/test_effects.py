@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from nasfx.rewriting.effects import Effects, mutated
+from nasfx.rewriting.effects import Effects, gives_zeros, mutated
 
 # Every method that may give a view, with arguments that make it give one.
 VIEWS: dict[str, tuple[Any, ...]] = {
@@ -145,3 +145,41 @@ def test_modules_that_write() -> None:
 def test_what_is_seen_outside_is_always_needed(function: Any) -> None:
     graph = fx.Graph()
     assert always_needed(graph.call_function(function, (graph.placeholder("x"), "message")))
+
+
+class Calls(nn.Module):
+    def __init__(self, function: Any) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(x)
+
+
+def written(x: Tensor) -> Tensor:
+    y = x * 0
+    y[:, 0].add_(1)
+    return y
+
+
+@pytest.mark.parametrize(
+    ("function", "zeros"),
+    [
+        (lambda x: x * 0, True),
+        (lambda x: 0.0 * x[:, :, ::2, ::2], True),
+        (lambda x: x.mul_(0), True),
+        (lambda x: torch.zeros_like(x) - x * 0, True),
+        (lambda x: torch.cat([x * 0, x * 0], 1).sum(1), True),
+        (lambda x: x * 0 + 0, True),
+        (lambda x: x * 0 + 1, False),
+        (lambda x: torch.sub(x * 0, other=1), False),
+        (lambda x: x * 0 + x, False),
+        (written, False),
+        (lambda x: x * 2, False),
+        (lambda x: x, False),
+    ],
+)
+def test_what_gives_zeros_whatever_it_is_given(function: Any, zeros: bool) -> None:
+    assert gives_zeros(fx.symbolic_trace(Calls(function))) is zeros
+    if zeros:
+        assert not function(torch.ones(1, 2, 4, 4)).any()

@@ -333,21 +333,24 @@ def test_no_whole_checkpoint_is_no_new_start(tmp_path: Path) -> None:
 
 
 class Evil:
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
     def __reduce__(self) -> Any:
-        return os.mkdir, ("/tmp/evil-checkpoint",)
+        return os.mkdir, (str(self.folder),)
 
 
 def test_foreign_files_run_no_code(tmp_path: Path) -> None:
     file = tmp_path / "checkpoint-000000000003.pt"
     for content, message in (
-        (Evil(), "is no checkpoint of a search: Weights only load failed"),
+        (Evil(tmp_path / "evil"), "is no checkpoint of a search: Weights only load failed"),
         ({"model": torch.ones(2)}, "is no checkpoint of a search: nasfx.search writes others"),
         ([1], "is no checkpoint of a search: nasfx.search writes others"),
     ):
         torch.save(content, file)
         with pytest.raises(CheckpointError, match=message):
             search("darts", tmp_path)
-    assert not Path("/tmp/evil-checkpoint").exists()
+    assert not (tmp_path / "evil").exists()
     with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("bomb", b"0" * 10_000_000)
     with pytest.raises(CheckpointError, match="it is compressed"):

@@ -1,16 +1,14 @@
 """How well latencies are predicted, and the report of a calibration."""
 
-import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.console import Console
 from rich.table import Table
 
-_WIDTH = 100
+from nasfx.costs.profiling import as_text
 
 
 @dataclass(frozen=True)
@@ -105,14 +103,4 @@ class Calibration:
 
     def __str__(self) -> str:
         """The table as plain text, 100 columns wide."""
-        text = io.StringIO()
-        console = Console(
-            file=text,
-            width=_WIDTH,
-            color_system=None,
-            force_terminal=False,
-            force_jupyter=False,
-            legacy_windows=False,
-        )
-        console.print(self.table())
-        return "\n".join(line.rstrip() for line in text.getvalue().splitlines())
+        return as_text(self.table())
