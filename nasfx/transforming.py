@@ -43,6 +43,9 @@ WEIGHTED_SUM: tuple[Pass, ...] = (
 `FoldGatesIntoNorms` is not among them: it saves memory and costs time, see docs/performance.md.
 """
 
+SAMPLED_PATH: tuple[Pass, ...] = (PropagateChannelsLast(),)
+"""The same for a strategy that runs one path."""
+
 
 def transform(
     model: nn.Module,
@@ -70,8 +73,9 @@ def transform(
             `Latency`, `CustomCost`, or several of them; they need `example_inputs`.
         optimize: which passes make the lowered graph cheaper to run. "auto" takes
             `nasfx.transforming.WEIGHTED_SUM` for strategies that run the mixture of all candidates
-            and none for those that run one path: a fixed rule, so runs repeat. "off" takes none;
-            or give instances of passes. `history` has what each of them did, and declined.
+            and `SAMPLED_PATH` for those that run one path: a fixed rule, so runs repeat. "off"
+            takes none; or give instances of passes. `history` has what each of them did, and
+            declined.
         extra_passes: instances of passes of your own. Those of stage CHOICE rewrite the graph
             that both the search and `finalize` start from; others run at the end of their stage.
         verify: "fast" checks the graph between all passes, "off" does not.
@@ -169,7 +173,9 @@ def _optimisations(optimize: str | Sequence[Pass], strategy: Strategy) -> Sequen
         raise SearchError(
             f"optimize={optimize!r} must be 'auto', 'off', or a list of instances of passes"
         )
-    return WEIGHTED_SUM if optimize == "auto" and not strategy.samples else ()
+    if optimize == "off":
+        return ()
+    return SAMPLED_PATH if strategy.samples else WEIGHTED_SUM
 
 
 def _declare(

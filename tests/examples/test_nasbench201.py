@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
-from collections.abc import Iterator
+import math
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -214,23 +216,72 @@ def test_rank_needs_a_supernet(scripts: Any, tmp_path: Path) -> None:
         scripts.rank.main(["--smoke", "--output", str(tmp_path), "--device", "cpu"])
 
 
-@pytest.mark.slow
-def test_the_benchmark(scripts: Any, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    file = FOLDER.parent / "benchmarks" / "ranking.py"
-    spec = importlib.util.spec_from_file_location("ranking_benchmark", file)
+SMALL = (
+    "--data", "digits", "--size", "8", "--channels", "2", "--limit", "96", "--held-out", "32",
+    "--batch", "16",
+)  # fmt: skip
+
+
+@contextmanager
+def benchmark(name: str) -> Generator[Any]:
+    """A script of the folder benchmarks, which finds the example's modules."""
+    file = FOLDER.parent / "benchmarks" / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(f"{name}_benchmark", file)
     assert spec is not None
     assert spec.loader is not None
-    benchmark = importlib.util.module_from_spec(spec)
+    made = importlib.util.module_from_spec(spec)
     with example("nasbench201", "ranking"):
-        spec.loader.exec_module(benchmark)
-        assert benchmark.epochs_within(1.0, 25.0) == 2
+        spec.loader.exec_module(made)
+        yield made
+
+
+@pytest.mark.slow
+def test_the_benchmark_of_rankings(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with benchmark("ranking") as script:
+        assert script.epochs_within(1.0, 25.0) == 2
         with pytest.raises(SystemExit, match="give a smaller"):
-            benchmark.epochs_within(1.0, 61.0)
-        small = "--data digits --size 8 --channels 2 --limit 96 --held-out 32 --batch 16"
-        benchmark.main([*small.split(), "--seeds", "1", "--rank", "5", "--minutes", "0.01"])
+            script.epochs_within(1.0, 61.0)
+        script.main([*SMALL, "--seeds", "1", "--rank", "5", "--minutes", "0.01"])
     written = json.loads(capsys.readouterr().out)
     (row,) = written["results"]
     assert (row["seed"], row["cells"]) == (1, 5)
     assert row["epochs"] >= 1
     assert 0 < row["training_cpu_minutes"] < 0.5
     assert -1 <= row["tau_of_macs"] <= 1
+
+
+@pytest.mark.slow
+def test_the_benchmark_of_picks(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with benchmark("picks") as script:
+        monkeypatch.setattr(script, "EVALUATED", 20)
+        monkeypatch.setattr(script, "_TRIAL", 2)
+        flags = ["--strategies", "darts", "single-path", "--minutes", "0.5"]
+        monkeypatch.setattr(script, "epochs_within", lambda *_: 1)
+        script.main([*SMALL, *flags])
+    written = json.loads(capsys.readouterr().out)
+    assert [row["strategy"] for row in written["results"]] == ["darts", "single-path"]
+    # In the table of `folder` a cell has 40 and ten points for each 3x3 convolution.
+    for row in written["results"]:
+        threes = row["cell"].count("nor_conv_3x3")
+        better = sum(math.comb(6, k) * 4 ** (6 - k) for k in range(threes + 1, 7))
+        assert (row["true"], row["better_cells"]) == (40 + 10 * threes, better)
+    assert written["all_cells"] == {"mean": pytest.approx(52), "best": 100}
+
+
+def test_epochs_that_fit_in_a_budget(monkeypatch: pytest.MonkeyPatch) -> None:
+    with benchmark("picks") as script:
+        args = script.arguments().parse_args([*SMALL, "--minutes", "1"])
+        args.seed = 0
+        data = script.ranking.load(args)  # 4 training batches, 1 of held out images
+        # A step takes 3 s, all else 2 s for one batch of held out images.
+        seconds = iter([2 + 3 * script._TRIAL, 2 + 6 * script._TRIAL])
+        monkeypatch.setattr(script, "spent", lambda call: next(seconds))
+        monkeypatch.setattr(script, "run", None)
+        assert (len(data.train), len(data.held_out)) == (4, 1)
+        assert script.epochs_within("darts", args, data) == (60 - 2) // 12
+        args.minutes = 0.2
+        seconds = iter([2 + 3 * script._TRIAL, 2 + 6 * script._TRIAL])
+        with pytest.raises(SystemExit, match=r"darts: an epoch takes 0\.2 CPU minutes"):
+            script.epochs_within("darts", args, data)

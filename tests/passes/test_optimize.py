@@ -62,8 +62,9 @@ def test_weighted_sums_are_optimised_by_default_and_it_is_recorded(strategy: str
 
 
 @pytest.mark.parametrize("strategy", ["single-path", "proxyless", "enas", "random"])
-def test_sampled_nets_are_not(strategy: str) -> None:
-    assert optimisations(nasfx.transform(Block(), strategy)) == []
+def test_sampled_nets_get_another_layout_alone(strategy: str) -> None:
+    assert optimisations(nasfx.transform(Block(), strategy)) == ["propagate-channels-last"]
+    assert optimisations(nasfx.transform(Block(), strategy, optimize="off")) == []
 
 
 def test_off_and_a_list() -> None:

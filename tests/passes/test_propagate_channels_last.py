@@ -75,15 +75,80 @@ return (%mul_first, %view_first)""",
     assert second.is_contiguous()
 
 
-def test_every_value_between_lies_channels_last() -> None:
-    net = nasfx.transform(Block(), "darts", optimize=PASSES)
+class Rows(nn.Module):
+    """A candidate with a view that its input's rows allow."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(4, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(x).view(x.size(0), -1).view(x.shape)
+
+
+SAMPLED = ["single-path", "proxyless"]
+
+
+def rows() -> nn.Module:
+    return nn.Sequential(LayerChoice({"rows": Rows(), "skip": nn.Identity()}, label="op"))
+
+
+def test_graphs_of_candidates_are_part_of_it() -> None:
+    history = nasfx.transform(rows(), "single-path", optimize=PASSES).history
+    assert_expected_inline(
+        history.text(len(history) - 1),
+        """\
+%input_1 = placeholder[input]
+%input_1_last = nasfx.ops.channels_last(%input_1)
+%drawn_op = call_module[arch]('op')
+%_0 = call_module[0](%drawn_op, (%input_1_last,), {}, {})
+    rows(%x):
+        %conv = call_module[conv](%x)
+        %size = call_method[size](%x, 0)
+        %view = call_method[reshape](%conv, %size, -1)
+        %getattr_1 = getattr(%x, 'shape')
+        %view_1 = call_method[reshape](%view, %getattr_1)
+        return %view_1
+    skip: Identity
+%_0_first = call_method[contiguous](%_0)
+return %_0_first""",
+    )
+
+
+@pytest.mark.parametrize("strategy", SAMPLED)
+def test_candidates_compute_what_they_did(strategy: str) -> None:
+    net = nasfx.transform(rows(), strategy, optimize=PASSES)
+    x = torch.randn(2, 4, 5, 5)
+    with net.forced({"op": "rows"}):
+        expected = net(x)
+    for _ in range(8):  # both candidates, in all likelihood
+        out = net(x)
+        assert out.is_contiguous()
+        torch.testing.assert_close(out, x if net.path["op"] == "skip" else expected)
+
+
+@pytest.mark.parametrize("strategy", SAMPLED)
+def test_it_declines_candidates_that_are_not_taken_apart(strategy: str) -> None:
+    model = nn.Sequential(LayerChoice({"own": Code(torch.relu), "skip": nn.Identity()}))
+    net = nasfx.transform(model, strategy, optimize=PASSES, leaf_modules=[Code])
+    (skip,) = net.history.records[-1].skips
+    assert skip.reason == "Code is not taken apart, so it may ask how tensors lie"
+    rows = nn.Sequential(LayerChoice({"own": Code(lambda x: x * x.stride(0)), "id": nn.Identity()}))
+    (skip,) = nasfx.transform(rows, strategy, optimize=PASSES).history.records[-1].skips
+    assert skip.reason.startswith("stride depends on how")
+
+
+@pytest.mark.parametrize("strategy", ["darts", *SAMPLED])
+def test_every_value_between_lies_channels_last(strategy: str) -> None:
+    net = nasfx.transform(Block(), strategy, optimize=PASSES)
     seen: list[bool] = []
     for module in net.modules():
         if isinstance(module, nn.Conv2d | nn.BatchNorm2d):
             module.register_forward_hook(
                 lambda m, i, o: seen.append(o.is_contiguous(memory_format=torch.channels_last))
             )
-    net(torch.randn(2, 4, 5, 5))
+    for _ in range(4):
+        net(torch.randn(2, 4, 5, 5))
     assert len(seen) > 4
     assert all(seen)
     weights = [p for p in net.parameters() if p.dim() == 4]
@@ -165,3 +230,10 @@ def test_a_darts_net() -> None:
 @given(cells())
 def test_random_supernets(model: nn.Module) -> None:
     assert_same(model, PASSES)
+
+
+@pytest.mark.parametrize("strategy", SAMPLED)
+@settings(max_examples=15)
+@given(model=cells())
+def test_random_supernets_of_sampled_paths(strategy: str, model: nn.Module) -> None:
+    assert_same(model, PASSES, strategy=strategy)
