@@ -19,6 +19,7 @@ from nasfx.passes import (
     Canonicalize,
     CheapenDepthwise,
     DropZeroCandidates,
+    FoldLinearCandidates,
     InferShapes,
     PropagateChannelsLast,
     RemoveDeadCode,
@@ -35,8 +36,8 @@ from nasfx.supernet import Supernet
 from nasfx.tracing import as_tuple, refuse_names, trace
 
 WEIGHTED_SUM: tuple[Pass, ...] = (
-    DropZeroCandidates(), ShareSubexpressions(), ShareNorms(), PropagateChannelsLast(),
-    CheapenDepthwise(),
+    DropZeroCandidates(), FoldLinearCandidates(), ShareSubexpressions(), ShareNorms(),
+    PropagateChannelsLast(), CheapenDepthwise(),
 )  # fmt: skip
 """What `transform(optimize="auto")` runs on the lowered graph of a weighted-sum strategy.
 

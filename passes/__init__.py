@@ -10,6 +10,7 @@ from nasfx.passes.collapse_choices import CollapseChoices as CollapseChoices
 from nasfx.passes.defer_producers import DeferProducers as DeferProducers
 from nasfx.passes.drop_zero_candidates import DropZeroCandidates as DropZeroCandidates
 from nasfx.passes.fold_gates_into_norms import FoldGatesIntoNorms as FoldGatesIntoNorms
+from nasfx.passes.fold_linear_candidates import FoldLinearCandidates as FoldLinearCandidates
 from nasfx.passes.functionalize_inplace import FunctionalizeInplace as FunctionalizeInplace
 from nasfx.passes.infer_shapes import InferShapes as InferShapes
 from nasfx.passes.lower_binary_gate import LowerBinaryGate as LowerBinaryGate

@@ -10,6 +10,7 @@ from nasfx.ops.expectation import expected_cost as expected_cost
 from nasfx.ops.expectation import scaled as scaled
 from nasfx.ops.expectation import total_cost as total_cost
 from nasfx.ops.expectation import uniform_gate as uniform_gate
+from nasfx.ops.folding import folded_conv as folded_conv
 from nasfx.ops.function import graph_function as graph_function
 from nasfx.ops.gates import Gate as Gate
 from nasfx.ops.gates import binary_gate as binary_gate

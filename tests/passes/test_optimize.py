@@ -20,8 +20,8 @@ from tests.models import CHANNELS, Block, DartsNet, Zero
 from tests.passes.proof import assert_near, assert_same, cells, pool_bn, run, transformed
 
 NAMES = [
-    "drop-zero-candidates", "share-subexpressions", "share-norms", "propagate-channels-last",
-    "cheapen-depthwise",
+    "drop-zero-candidates", "fold-linear-candidates", "share-subexpressions", "share-norms",
+    "propagate-channels-last", "cheapen-depthwise",
 ]  # fmt: skip
 
 
