@@ -36,7 +36,13 @@ if TYPE_CHECKING:
     from nasfx.costs.count import Count, count
     from nasfx.costs.profiling import Profile, known_hardware, profile
     from nasfx.costs.runtimes import mnn_milliseconds, onnxruntime_milliseconds
-    from nasfx.export import export_mnn, export_onnx, write_module
+    from nasfx.export import (
+        export_mnn,
+        export_onnx,
+        load_weights,
+        save_weights,
+        write_module,
+    )
     from nasfx.searching import Front, SearchResult, evolve, pareto, search
     from nasfx.trainers import (
         BaseOneShotTrainer,
@@ -59,7 +65,9 @@ _LAZY = {
     "nasfx.costs.count": ("Count", "count"),
     "nasfx.costs.profiling": ("Profile", "known_hardware", "profile"),
     "nasfx.costs.runtimes": ("mnn_milliseconds", "onnxruntime_milliseconds"),
-    "nasfx.export": ("export_mnn", "export_onnx", "write_module"),
+    "nasfx.export": (
+        "export_mnn", "export_onnx", "load_weights", "save_weights", "write_module",
+    ),
     "nasfx.trainers": (
         "BaseOneShotTrainer", "DartsTrainer", "EnasTrainer", "FBNetTrainer", "LookUpTable",
         "NASConfig", "ProxylessTrainer", "SinglePathTrainer", "replace_input_choice",
@@ -121,12 +129,14 @@ __all__ = [
     "finalize",
     "known_hardware",
     "latency_table",
+    "load_weights",
     "mnn_milliseconds",
     "onnxruntime_milliseconds",
     "pareto",
     "profile",
     "replace_input_choice",
     "replace_layer_choice",
+    "save_weights",
     "search",
     "search_space",
     "trace",

@@ -14,6 +14,7 @@ import torch
 
 from nasfx.choice import Decision, checked_indices
 from nasfx.errors import SpaceError
+from nasfx.reading import read_json, shown
 
 
 class Architecture(Mapping[str, Any]):
@@ -62,11 +63,12 @@ class Architecture(Mapping[str, Any]):
         """Read an architecture from a file.
 
         Raises:
-            SpaceError: the file is no JSON object of names and lists of indices.
+            SpaceError: the file is no JSON object of names and lists of indices, or is larger than
+                16 MiB.
         """
         try:
-            data: object = json.loads(Path(path).read_text(encoding="utf-8"))
-        except (ValueError, RecursionError) as error:
+            data: object = read_json(path)
+        except ValueError as error:
             raise SpaceError(f"{path} is not a JSON file: {error}") from error
         if not isinstance(data, dict):
             raise SpaceError(f"{path} holds no JSON object of labels and decisions")
@@ -76,13 +78,13 @@ class Architecture(Mapping[str, Any]):
 def _indices(label: str, value: Any) -> tuple[int, ...]:
     values: list[Any] = [value] if isinstance(value, int) else list(_sequence(label, value))
     if not all(isinstance(i, int) and not isinstance(i, bool) for i in values):
-        raise SpaceError(f"decision {value!r} of {label!r} is no name and no list of indices")
+        raise SpaceError(f"decision {shown(value)} of {label!r} is no name and no list of indices")
     return tuple(sorted(values))
 
 
 def _sequence(label: str, value: Any) -> Sequence[Any]:
     if not isinstance(value, Sequence):
-        raise SpaceError(f"decision {value!r} of {label!r} is no name and no list of indices")
+        raise SpaceError(f"decision {shown(value)} of {label!r} is no name and no list of indices")
     return cast("Sequence[Any]", value)
 
 
@@ -153,12 +155,13 @@ class SpaceChoice:
         """`value`, if this choice can be decided so; SpaceError otherwise."""
         if self.kind == "input":
             if isinstance(value, str):
-                raise SpaceError(f"{self.label!r} chooses inputs: give indices, not {value!r}")
+                raise SpaceError(f"{self.label!r} chooses inputs: give indices, not {shown(value)}")
             return checked_indices(value, len(self.candidates), self.n_chosen, repr(self.label))
         if value in self.relaxed_only:
             raise SpaceError(f"{self.label!r}: {value!r} is relaxed_only and cannot be chosen")
         if value not in self.candidates:
             raise SpaceError(
-                f"{self.label!r} has no candidate {value!r}; its candidates are {self.candidates}"
+                f"{self.label!r} has no candidate {shown(value)}; "
+                f"its candidates are {self.candidates}"
             )
         return value

@@ -51,9 +51,12 @@ def add_training(to: argparse.ArgumentParser) -> None:
     training.add_recipe(to)
     to.set_defaults(weight_decay=5e-4)
     add = to.add_argument_group("training").add_argument
-    add("--fair", action=argparse.BooleanOptionalAction, default=True,
-        help="every 5 steps train each operation of an edge once; else paths are drawn "
-        "uniformly")  # fmt: skip
+    add("--paths", choices=("fair", "uniform", "bins"), default="fair",
+        help="those that are trained. fair: every 5 steps train each operation of an edge once; "
+        "bins: of multiply-accumulates that are spread evenly")  # fmt: skip
+    add("--bins", type=int, default=4, help="of multiply-accumulates, for --paths bins")
+    add("--least", type=float, default=0.0,
+        help="where the bins begin: 0 is the smallest cell, 1 the largest")  # fmt: skip
     add("--clip-norm", type=float, default=5.0, help="of the gradient; 0: not clipped")
 
 
@@ -125,7 +128,7 @@ class Batches:
         rows, columns = corners + torch.arange(side)
         padded = F.pad(x, (s, s, s, s))
         moved = padded[torch.arange(n)[:, None, None], :, rows[:, :, None], columns[:, None]]
-        return moved.permute(0, 3, 1, 2).contiguous()
+        return moved.permute(0, 3, 1, 2)
 
 
 class Loaders(NamedTuple):
@@ -165,28 +168,52 @@ def _in_memory(source: Dataset[Any]) -> tuple[Tensor, Tensor]:
     pairs = [source[i] for i in range(len(source))]  # pyright: ignore[reportArgumentType]
     if not pairs:
         raise SystemExit("--held-out 0: cells are judged by images that were held out")
-    return torch.stack([image for image, _ in pairs]), torch.tensor([y for _, y in pairs])
+    pixels = torch.stack([image for image, _ in pairs])
+    labels = torch.tensor([y for _, y in pairs])
+    return pixels.contiguous(memory_format=torch.channels_last), labels
 
 
 # -- the supernet ----------------------------------------------------------------------------------
 
 
-def supernet(args: argparse.Namespace, classes: int, *, fair: bool = False) -> nasfx.Supernet:
+def supernet(args: argparse.Namespace, classes: int, *, trained: bool = False) -> nasfx.Supernet:
     """The single-path supernet of the flags' size; it knows the cells' MACs as "flops".
 
     Args:
         args: with `channels`, `cells`, `size` and `seed`.
         classes: how many.
-        fair: whether every 5 steps train each operation of an edge once.
+        trained: whether paths are drawn as `paths`, `bins` and `least` of `args` say.
     """
+    how: dict[str, Any] = {"fair": trained and args.paths == "fair"}
+    if trained and args.paths == "bins":
+        how["bins"] = bins(args, classes)
+    return _supernet(args, classes, nasfx.SinglePath(2, 1, recalibrate=0, **how))
+
+
+def bins(args: argparse.Namespace, classes: int) -> tuple[float, float, float]:
+    """The bins of MACs from which paths are drawn: lowest, highest and width.
+
+    Many cells have few MACs and few have many, so uniform paths train the largest cells least,
+    which need it most; and a supernet's ranking of them is the worse for it.
+    """
+    net = _supernet(args, classes, nasfx.SinglePath(recalibrate=0))
+    labels = [choice.label for choice in net.space.choices]
+    cells = [dict.fromkeys(labels, op) for op in ("none", "nor_conv_3x3")]
+    smallest, largest = macs(net, [nasfx.Architecture(cell) for cell in cells])
+    low = smallest + args.least * (largest - smallest)
+    return low, largest, (largest - low) / args.bins
+
+
+def _supernet(args: argparse.Namespace, classes: int, strategy: nasfx.SinglePath) -> nasfx.Supernet:
     torch.manual_seed(args.seed)
-    return nasfx.transform(
+    net = nasfx.transform(
         nasbench201.net(args.channels, args.cells, classes),
-        nasfx.SinglePath(population=2, generations=1, recalibrate=0, fair=fair),
+        strategy,
         example_inputs=torch.zeros(1, 3, args.size, args.size),
         objective=nasfx.Flops(),
         seed=args.seed,
     )
+    return net.to(memory_format=torch.channels_last)
 
 
 def train(

@@ -52,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = training.parse(arguments(), PRESETS, SMOKE, argv)
     fabric, began, cpu = start(args), time.perf_counter(), time.process_time()
     data = ranking.load(args)
-    net = ranking.supernet(args, data.classes, fair=args.fair)
+    net = ranking.supernet(args, data.classes, trained=True)
     result = ranking.train(net, data, args, fabric, **resume_options(args))
     cells = ranking.random_cells(2, args.seed, None)
     with fabric.autocast():

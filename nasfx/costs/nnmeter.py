@@ -13,9 +13,9 @@ import importlib.metadata
 import importlib.resources
 import importlib.util
 import io
-import json
 import logging
 import math
+import re
 import sys
 import types
 import warnings
@@ -28,10 +28,13 @@ from typing import Any
 from nasfx.costs.kernels import OWN, element_counts, groups_of, own_predictor
 from nasfx.costs.predictors import predict
 from nasfx.errors import ProfileError
+from nasfx.reading import read_json, read_yaml, shown
 
 # Types that nn-Meter lacks, or (Identity) that it drops and then looks up again.
 _TYPES = {"HardSwish": "hswish", "Identity": "identity", "Placeholder": "placeholder"}
 _SPATIAL = {2, 3, -2, -1}
+_RULES = "fusion_rules.json"
+_KERNEL = re.compile(r"\w[\w.+-]*")  # no name of a file elsewhere
 
 
 @dataclass(frozen=True)
@@ -137,13 +140,11 @@ def _config(name: str) -> Path:
 
 
 def _read_config(name: str, default: Any) -> Any:
-    import yaml
-
     # Read here and not by nn-Meter, which fixes the home folder for good when it is imported.
     path = _config(name)
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else default
-    except (OSError, yaml.YAMLError) as error:
+        content = read_yaml(path) if path.is_file() else default
+    except (OSError, ValueError) as error:
         raise ProfileError(f"nn-Meter's configuration {path} cannot be read: {error}.") from error
     if not isinstance(content, type(default)):
         raise ProfileError(f"nn-Meter's configuration {path} does not hold what it should.")
@@ -177,19 +178,24 @@ def predictors() -> dict[str, dict[str, Any]]:
 
 
 def _is_complete(folder: Path) -> bool:
-    return (folder / "fusion_rules.json").is_file() and any(folder.glob("*.pkl"))
+    return (folder / _RULES).is_file() and any(folder.glob("*.pkl"))
 
 
 def _given_folder(folder: Path) -> Path:
-    import yaml
-
-    listed: list[str] = []
+    listed: Any = []
     try:
         if (folder / "meta.yaml").is_file():
-            listed = yaml.safe_load((folder / "meta.yaml").read_text())["kernel_predictors"]
-    except (KeyError, OSError, TypeError, UnicodeDecodeError, yaml.YAMLError) as error:
+            listed = read_yaml(folder / "meta.yaml")["kernel_predictors"]
+    except (KeyError, OSError, TypeError, ValueError) as error:
         raise ProfileError(f"{folder / 'meta.yaml'} is damaged: {error!r}.") from error
-    files = ["fusion_rules.json", *(f"{kernel}.pkl" for kernel in listed)]
+    if not isinstance(listed, list) or not all(
+        isinstance(kernel, str) and _KERNEL.fullmatch(kernel) for kernel in listed
+    ):
+        raise ProfileError(
+            f"{folder / 'meta.yaml'} is damaged: its kernel_predictors are {shown(listed)}, "
+            "and no list of names."
+        )
+    files = [_RULES, *(f"{kernel}.pkl" for kernel in listed)]
     missing = [name for name in files if not (folder / name).is_file()]
     if missing or not _is_complete(folder):
         raise ProfileError(
@@ -223,7 +229,7 @@ def predictor_folder(hardware: str | Path) -> Path:
         )
     entry = known[str(hardware)]
     kernels = [str(kernel) for kernel in entry.get("kernel_predictors") or ()]
-    files = ", ".join([*(f"{kernel}.pkl" for kernel in kernels), "fusion_rules.json"])
+    files = ", ".join([*(f"{kernel}.pkl" for kernel in kernels), _RULES])
     if "download" not in entry:
         folder = Path(str(entry.get("package_location", ""))).expanduser().absolute()
         if not _is_complete(folder):
@@ -259,6 +265,8 @@ def _pools_space(node: Any, initializers: Mapping[str, Any]) -> bool:
 
     axes = [a for attribute in node.attribute if attribute.name == "axes" for a in attribute.ints]
     if len(node.input) > 1 and node.input[1] in initializers:
+        if initializers[node.input[1]].data_location == onnx.TensorProto.EXTERNAL:
+            return False  # onnx would read whatever file the model names
         axes = onnx.numpy_helper.to_array(initializers[node.input[1]]).tolist()
     return len(axes) == 2 and set(axes) <= _SPATIAL
 
@@ -382,25 +390,32 @@ def split(
     import_nnmeter()
     from nn_meter.kernel_detector import KernelDetector
 
-    nodes_of, sizes = {node.name: node for node in model.graph.node}, element_counts(model)
-    left = dict(nodes_of)
     try:
+        read_json(rules)  # nn-Meter's own reader knows no bounds
         with _quiet():
             detector = KernelDetector(str(rules))
-    except (OSError, AttributeError, KeyError, TypeError, json.JSONDecodeError) as error:
+    except Exception as error:  # nn-Meter takes the rules as they are
         raise ProfileError(
             f"The fusion rules {rules} are damaged: {type(error).__name__}: {error}."
         ) from error
     try:
         with _quiet():
-            detector.load_graph(_convert(model))
-            items = detector.get_kernels()
+            return _kernels(model, macs, detector, own)
     except Exception as error:  # nn-Meter fails by whatever its dictionaries and graphs raise
         raise ProfileError(
             f"nn-Meter cannot split the model into kernels: {type(error).__name__}: {error}."
         ) from error
+
+
+def _kernels(
+    model: Any, macs: Mapping[str, int], detector: Any, own: Collection[str]
+) -> list[tuple[Kernel, str]]:
+    """As `split`, by a detector with rules."""
+    nodes_of, sizes = {node.name: node for node in model.graph.node}, element_counts(model)
+    left = dict(nodes_of)
+    detector.load_graph(_convert(model))
     found: list[tuple[Kernel, str]] = []
-    for item in items:
+    for item in detector.get_kernels():
         # The number in a kernel's name is that of its block of nodes.
         nodes = _members(detector.bbs[int(item["name"].rsplit("#", 1)[1])], left)
         if not nodes:
@@ -408,9 +423,7 @@ def split(
         for name in nodes:
             del left[name]
         total = sum(macs.get(name, 0) for name in nodes)
-        with _quiet():
-            first = nodes_of[nodes[0]]
-            predictor, features, reason, fits = _identify(item, first, total, own, sizes)
+        predictor, features, reason, fits = _identify(item, nodes_of[nodes[0]], total, own, sizes)
         kernel = Kernel(item["op"], nodes, total, features, None, reason)
         found.append((kernel, predictor if fits else ""))
     why = "nn-Meter's graph leaves it out"
@@ -442,7 +455,7 @@ def price(model: Any, macs: Mapping[str, int], folder: Path) -> list[Kernel]:
     own = {path.stem for path in folder.glob(f"{OWN}*.pkl")}
     kernels: list[Kernel] = []
     rows: dict[str, list[int]] = {}
-    for kernel, predictor in split(model, macs, folder / "fusion_rules.json", own):
+    for kernel, predictor in split(model, macs, folder / _RULES, own):
         if predictor and not (folder / f"{predictor}.pkl").is_file():
             kernel = replace(kernel, reason=f"no {predictor}.pkl among the predictors")
         elif predictor:

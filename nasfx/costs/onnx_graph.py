@@ -3,17 +3,130 @@
 import contextlib
 import io
 import logging
+import tempfile
 import warnings
-from collections.abc import Callable, Container, Generator, Sequence
+from collections.abc import Callable, Container, Generator, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from nasfx.costs.runtimes import library
-from nasfx.errors import ExportError
+from nasfx.costs.runtimes import library, run_apart
+from nasfx.errors import ExportError, ProfileError
+from nasfx.reading import shown
 
 OPSET = 18
+
+
+def read_onnx(path: str | Path, *, weights: bool = False) -> Any:
+    """An ONNX file, anybody's, with inferred shapes.
+
+    Args:
+        path: the file.
+        weights: read external weights too, from the folder of the file and nowhere else.
+
+    Returns:
+        An `onnx.ModelProto`.
+
+    Raises:
+        ProfileError: there is none, it is something else, or it holds what takes unbounded time or
+            memory to look at: functions of its own, cycles, or a Split into more outputs than it
+            names.
+    """
+    onnx = library("onnx")
+    try:
+        model = onnx.load(path, load_external_data=False)
+        if model.functions:
+            raise ProfileError(
+                f"{path} holds functions of its own, such as {shown(model.functions[0].name)}: "
+                "inline them, by onnx.inliner.inline_local_functions."
+            )
+        if not model.graph.node:
+            raise ProfileError(f"{path} is not an ONNX model, or is one without nodes.")
+        for node in _nodes(model.graph):
+            _check_split(node, path)
+        _check_order(model.graph, path)
+        model = inferred_apart(model)
+        if weights:
+            onnx.external_data_helper.load_external_data_for_model(model, str(Path(path).parent))
+        return model
+    except ProfileError as error:
+        if str(path) in str(error):
+            raise
+        raise ProfileError(f"{path} is not a valid ONNX model: {error}.") from error
+    except OSError as error:
+        raise ProfileError(f"The ONNX file {path} cannot be read: {error}.") from error
+    except Exception as error:  # protobuf's and onnx's exceptions share no base class
+        raise ProfileError(f"{path} is not a valid ONNX model: {error}.") from error
+
+
+def inferred_apart(model: Any) -> Any:
+    """The model with inferred shapes, by a process of its own.
+
+    onnx aborts the process on some invalid models, such as a Slice of a negative size. It gets ten
+    minutes and, beyond four times the model, 8 GiB.
+
+    Raises:
+        ProfileError: it failed, or wanted more.
+    """
+    with tempfile.TemporaryDirectory() as name:
+        Path(name, "given.onnx").write_bytes(model.SerializeToString())
+        run_apart(_infer_program, Path(name))
+        return library("onnx").load(Path(name, "shapes.onnx"), load_external_data=False)
+
+
+def _infer_program(folder: str) -> None:
+    """Run alone, by run_apart: the shapes of "given.onnx"."""
+    import contextlib
+    from pathlib import Path
+
+    import onnx
+
+    given = Path(folder, "given.onnx")
+    with contextlib.suppress(ImportError):  # not on Windows
+        import resource
+
+        memory = 8 * 2**30 + 4 * given.stat().st_size
+        for what, limit in ((resource.RLIMIT_AS, memory), (resource.RLIMIT_CPU, 600)):
+            hard = resource.getrlimit(what)[1]
+            soft = limit if hard == resource.RLIM_INFINITY else min(limit, hard)
+            resource.setrlimit(what, (soft, hard))
+    model = onnx.load(given, load_external_data=False)
+    onnx.save(onnx.shape_inference.infer_shapes(model), Path(folder, "shapes.onnx"))
+
+
+def _nodes(graph: Any) -> Iterator[Any]:
+    """The nodes of a graph and of those inside it; protobuf bounds the depth."""
+    for node in graph.node:
+        yield node
+        for attribute in node.attribute:
+            for inner in (attribute.g, *attribute.graphs):
+                yield from _nodes(inner)
+
+
+def _check_split(node: Any, path: str | Path) -> None:
+    for attribute in node.attribute:
+        if attribute.name == "num_outputs" and attribute.i != len(node.output):
+            raise ProfileError(
+                f"{path} is not a valid ONNX model: {shown(node.name)} splits into {attribute.i} "
+                f"outputs and names {len(node.output)}."
+            )
+
+
+def _check_order(graph: Any, path: str | Path) -> None:
+    """Every value comes from one node, before those that read it: there is no cycle."""
+    later = [name for node in graph.node for name in node.output if name]
+    left = set(later)
+    if len(left) < len(later):
+        raise ProfileError(f"{path} is not a valid ONNX model: two nodes give one value.")
+    for node in graph.node:
+        if wrong := left.intersection(node.input):
+            raise ProfileError(
+                f"{path} is not a valid ONNX model: {shown(node.name)} reads {shown(min(wrong))}, "
+                "which a later node gives."
+            )
+        left.difference_update(node.output)
 
 
 def onnx_program(

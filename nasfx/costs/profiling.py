@@ -13,6 +13,7 @@ from rich.text import Text
 from nasfx.costs import nnmeter
 from nasfx.costs.metadata import CHOICE, MODULE, origin_entries
 from nasfx.costs.nnmeter import Kernel
+from nasfx.costs.onnx_graph import read_onnx
 from nasfx.errors import ProfileError
 
 _WIDTH = 100
@@ -109,18 +110,7 @@ def _percent(fraction: float) -> str:
 
 def _load(path: Path) -> Any:
     """The model, with inferred shapes and without its external weights, which nobody needs here."""
-    import onnx
-    from google.protobuf.message import DecodeError
-
-    try:
-        model = onnx.load(path, load_external_data=False)
-        if not model.graph.node:
-            raise ProfileError(f"{path} is not an ONNX model, or is one without nodes.")
-        model = onnx.shape_inference.infer_shapes(model)
-    except OSError as error:
-        raise ProfileError(f"The ONNX file {path} cannot be read: {error}.") from error
-    except (DecodeError, ValueError, onnx.shape_inference.InferenceError) as error:
-        raise ProfileError(f"{path} is not a valid ONNX model: {error}.") from error
+    model = read_onnx(path)
     weights = {tensor.name for tensor in model.graph.initializer}
     for value in model.graph.input:
         dims = value.type.tensor_type.shape.dim
@@ -150,14 +140,15 @@ def macs_of(model: Any) -> dict[str, int]:
     for node in graph.node:
         if node.op_type not in ("Conv", "ConvTranspose", "Gemm", "MatMul"):
             continue
-        if not all(name in shapes for name in (*node.input[:2], node.output[0])):
+        names = (*node.input[:2], *node.output[:1])
+        if len(names) < 3 or not all(name in shapes for name in names):
             continue
-        data, weight, out = (shapes[n] for n in (*node.input[:2], node.output[0]))
+        data, weight, out = (shapes[name] for name in names)
         if node.op_type == "Conv":
             macs[node.name] = math.prod(out) * math.prod(weight[1:])
         elif node.op_type == "ConvTranspose":
             macs[node.name] = math.prod(data) * math.prod(weight[1:])
-        else:
+        elif data:
             transposed = any(a.name == "transA" and a.i for a in node.attribute)
             macs[node.name] = math.prod(out) * data[0 if transposed else -1]
     return macs

@@ -3,6 +3,7 @@
 import importlib
 import inspect
 import json
+import math
 import signal
 import statistics
 import subprocess
@@ -20,6 +21,8 @@ import numpy as np
 from nasfx.errors import ProfileError
 
 Arrays = dict[str, np.ndarray]
+
+_MOST_ELEMENTS = 2**28  # of a random input: 2 GiB as it is drawn
 
 
 def library(name: str, *, install: str = "nasfx") -> Any:
@@ -90,7 +93,17 @@ def random_inputs(session: Any, *, seed: int = 0) -> Arrays:
         shape = [size if isinstance(size, int) and size > 0 else 1 for size in node.shape]
         kind = {"tensor(float)": "float32", "tensor(float16)": "float16"}.get(node.type)
         kind = kind or node.type.removeprefix("tensor(").removesuffix(")")
-        dtype = np.dtype("float64" if kind == "double" else kind)
+        try:
+            dtype = np.dtype("float64" if kind == "double" else kind)
+        except TypeError as error:  # strings, sequences and the like
+            raise ProfileError(
+                f"The input {node.name!r} is a {node.type}, and no numbers."
+            ) from error
+        if math.prod(shape) > _MOST_ELEMENTS:
+            raise ProfileError(
+                f"The input {node.name!r} of the model has {math.prod(shape):,} elements, more "
+                f"than the {_MOST_ELEMENTS:,} that are drawn."
+            )
         floating = np.issubdtype(dtype, np.floating)
         value = rng.standard_normal(shape) if floating else rng.integers(0, 2, shape)
         arrays[node.name] = np.asarray(value, dtype)

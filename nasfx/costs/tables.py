@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import json
 import math
@@ -20,6 +21,7 @@ from nasfx.costs.parts import Part
 from nasfx.costs.runtimes import library
 from nasfx.costs.sources import LatencySource, unlike
 from nasfx.errors import ProfileError
+from nasfx.reading import read_json, read_yaml, shown
 
 _FORMAT = "nasfx latency table"
 _SHOWN = 3
@@ -98,21 +100,24 @@ class LatencyTable:
             ProfileError: there is no such file, or it holds something else.
         """
         try:
-            content = json.loads(Path(path).read_text(encoding="utf-8"))
-        except (OSError, ValueError, RecursionError) as error:
+            content = read_json(path)
+        except (OSError, ValueError) as error:
             raise ProfileError(f"The latency table {path} cannot be read: {error}.") from error
         if not isinstance(content, dict) or content.get("format") != _FORMAT:
             raise ProfileError(f"{path} is no latency table; LatencyTable.save() writes one.")
         if content.get("version") != 1 or content.get("unit") != "ms":
             raise ProfileError(
-                f"The latency table {path} has version {content.get('version')!r} and unit "
-                f"{content.get('unit')!r}; known is version 1 in 'ms'."
+                f"The latency table {path} has version {shown(content.get('version'))} and "
+                f"unit {shown(content.get('unit'))}; known is version 1 in 'ms'."
             )
         rows = content.get("rows")
         if not isinstance(rows, dict):
             raise ProfileError(f"The latency table {path} has no rows.")
-        checked = {str(k): _latency(v, f"row {k!r} of {path}") for k, v in rows.items()}
-        return cls(checked, str(content.get("hardware", "table")), where=str(path))
+        checked = {str(k): _latency(v, f"row {shown(k)} of {path}") for k, v in rows.items()}
+        name = content.get("hardware", "table")
+        if not isinstance(name, str):
+            raise ProfileError(f"The 'hardware' of {path} is {shown(name)}, and no name.")
+        return cls(checked, name, where=str(path))
 
     @classmethod
     def proxyless(cls, path: str | Path, *, name: str = "") -> LatencyTable:
@@ -130,26 +135,31 @@ class LatencyTable:
         Raises:
             ProfileError: there is no such file, or it holds something else.
         """
-        yaml = library("yaml", install="pyyaml")
+        library("yaml", install="pyyaml")
         try:
-            content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-        except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+            content = read_yaml(path)
+        except (OSError, ValueError) as error:
             raise ProfileError(f"The latency table {path} cannot be read: {error}.") from error
         if not isinstance(content, dict):
             raise ProfileError(f"{path} holds no table of the ProxylessNAS authors' form.")
         rows: dict[str, float] = {}
         for key, row in cast("dict[Any, Any]", content).items():
+            if not isinstance(key, str):
+                raise ProfileError(f"The row {shown(key)} of {path} has no name.")
             mean = row.get("mean") if isinstance(row, dict) else None
-            rows[str(key)] = _latency(mean, f"'mean' of row {key!r} of {path}")
+            rows[key] = _latency(mean, f"'mean' of row {shown(key)} of {path}")
         return cls(rows, name or Path(path).stem, proxyless_keys, str(path))
 
 
 def _latency(value: Any, what: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
-        raise ProfileError(
-            f"The {what} is {value!r}; a latency is a finite number of zero or more."
-        )
-    return float(value)
+    with contextlib.suppress(OverflowError):  # an integer beyond the largest float
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            number = float(value)
+            if 0 <= number < math.inf:
+                return number
+    raise ProfileError(
+        f"The {what} is {shown(value)}; a latency is a finite number of zero or more."
+    )
 
 
 # -- the keys of the ProxylessNAS authors ----------------------------------------------------------

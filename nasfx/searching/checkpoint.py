@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from nasfx.errors import CheckpointError
+from nasfx.searching.archives import check_entries, check_pickle
 
 FORMAT = 1
 """Of the files; it changes whenever older ones cannot be read any more."""
@@ -48,13 +49,7 @@ def read(file: Path) -> Plain:
         CheckpointError: there is none, or it is something else.
     """
     try:
-        with zipfile.ZipFile(file) as archive:
-            if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
-                raise CheckpointError(f"{file} is no checkpoint of a search: it is compressed")
-            broken = archive.testzip()
-        if broken is not None:
-            raise DamagedError(f"{file} is damaged: the checksum of {broken} is wrong")
-        content: Any = torch.load(file, map_location="cpu", weights_only=True)
+        content = read_tensors(file)
     except FileNotFoundError as error:
         raise CheckpointError(f"there is no checkpoint {file}") from error
     except CheckpointError:
@@ -77,6 +72,22 @@ def read(file: Path) -> Plain:
             f"the search with the versions that wrote it, {content['versions']}"
         )
     return content
+
+
+def read_tensors(file: Path) -> Any:
+    """What `torch.save` wrote, of tensors and plain data, which fits into the file's own size.
+
+    Raises:
+        DamagedError: a checksum is wrong.
+        Exception: whatever else a file that is none makes its readers raise.
+    """
+    with zipfile.ZipFile(file) as archive:
+        size = file.stat().st_size
+        check_entries(archive, size)
+        if (broken := archive.testzip()) is not None:
+            raise DamagedError(f"{file} is damaged: the checksum of {broken} is wrong")
+        check_pickle(archive, size)
+    return torch.load(file, map_location="cpu", weights_only=True)
 
 
 def _write(content: Plain, file: Path) -> None:

@@ -6,7 +6,6 @@ from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from logging import Logger
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -16,6 +15,7 @@ from torch.utils.data import DataLoader
 
 from nasfx.costs.objectives import CustomCost
 from nasfx.errors import CheckpointError, SearchError
+from nasfx.searching.checkpoint import read_tensors
 from nasfx.strategies import FBNet
 from nasfx.trainers.base import SearchTrainer, first_inputs
 from nasfx.trainers.lookup import LookUpTable, NASConfig
@@ -160,11 +160,11 @@ def _save(file: Path, net: nn.Module, optimizers: Sequence[torch.optim.Optimizer
 
 def _load(file: Path, net: nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> None:
     try:
-        state = torch.load(file, map_location="cpu", weights_only=True)
+        state = read_tensors(file)
         net.load_state_dict(state["net"])
         for optimizer, held in zip(optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(held)
-    except (OSError, KeyError, ValueError, RuntimeError, UnpicklingError) as error:
+    except Exception as error:  # what is no checkpoint can make the reader raise anything
         raise CheckpointError(
             f"{file} is no checkpoint of this search ({error}); fit() with load_ckpt=False "
             "writes one"

@@ -16,6 +16,7 @@ from torch import nn
 from nasfx.costs.calls import Call
 from nasfx.costs.objectives import CustomCost
 from nasfx.errors import SearchError
+from nasfx.reading import read_json
 from nasfx.transforming import transform
 
 _FLOOR = 0.001  # the cost of what has no multiply-accumulates, in NNI
@@ -218,7 +219,7 @@ class LookUpTable:
         file = self._file()
         try:
             if self.config.lut_load_format == "json":
-                table = json.loads(file.read_text(encoding="utf-8"))
+                table = read_json(file)
             else:
                 table: dict[str, dict[str, float]] = {}
                 for label, name, cost in np.load(file, allow_pickle=False).tolist():

@@ -19,6 +19,7 @@ from nasfx.costs.calibration.nets import FAMILIES, random_net
 from nasfx.costs.calibration.regressor import fit
 from nasfx.costs.calibration.sampling import sample_kernels
 from nasfx.costs.calibration.timing import Runtime, check_runtime, whole_milliseconds
+from nasfx.costs.onnx_graph import read_onnx
 from nasfx.costs.profiling import profile
 from nasfx.costs.runtimes import library
 from nasfx.errors import ProfileError
@@ -95,6 +96,7 @@ def calibrate(
     folder, files = Path(folder), [Path(path) for path in space]
     check_runtime(runtime)
     _check_numbers(kernels, seconds, nets, len(files))
+    subnets = [read_onnx(path, weights=True) for path in files]
     library("sklearn", install="nasfx[latency]")
     check_folder(folder)
     rules = fusion_rules(runtime)
@@ -117,8 +119,8 @@ def calibrate(
     known = [_priced(model, folder) for model in ours]
     rows = _compare("random nets", known, runtime, seconds / 4)
     scale = 1.0
-    if files:
-        theirs = [_priced(library("onnx").load(path), folder) for path in files]
+    if subnets:
+        theirs = [_priced(model, folder) for model in subnets]
         scale, more = _fit_scale(theirs, runtime, seconds / 4)
         rows += more
         scaled = {kind: predictor.scaled(scale) for kind, predictor in fitted.items()}
