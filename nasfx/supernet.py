@@ -19,6 +19,7 @@ from nasfx.rewriting.pipeline import History
 from nasfx.space import SearchSpace
 from nasfx.strategies import Strategy
 from nasfx.strategies.base import Evaluate
+from nasfx.strategies.unrolled import Average
 from nasfx.tracing import TracedModel, set_modes
 
 _CACHED_SUBNETS = 8
@@ -203,6 +204,7 @@ class Supernet(nn.Module):
         self,
         inner: Callable[[], Tensor] | None = None,
         weight_optimizer: torch.optim.Optimizer | None = None,
+        average: Average | None = None,
     ) -> Generator[None, None, None]:
         """A step of the architecture: draws a path where it samples, weights get no gradient.
 
@@ -210,6 +212,7 @@ class Supernet(nn.Module):
             inner: for unrolled DARTS: the loss on a training batch, called at several weights.
             weight_optimizer: for unrolled DARTS: the weights' optimizer, whose step is unrolled;
                 neither it nor the weights have changed afterwards.
+            average: for unrolled DARTS on several processes, see `nasfx.strategies.unrolled`.
 
         Raises:
             SearchError: steps are nested; `inner` is missing, or has no use.
@@ -222,7 +225,7 @@ class Supernet(nn.Module):
         weights = self.weight_parameters()
         modules = self, *self.__dict__["_lowered"].values()
         around = self.strategy.around_arch_step(
-            weights, self.arch_parameters(), modules, inner, weight_optimizer
+            weights, self.arch_parameters(), modules, inner, weight_optimizer, average
         )
         frozen = () if self.strategy.second_order else weights
         with self._stepping("arch", frozen, around):

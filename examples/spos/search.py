@@ -1,7 +1,8 @@
 """Step 2 of SPOS: evolution among the subnets of the trained supernet.
 
 The batch norms of every subnet are recalibrated before it is evaluated on the held out images.
-Writes architecture.json, search.json and search.png to the output folder.
+Writes architecture.json, search.json and search.png to the output folder, and checkpoints, from
+which --resume goes on.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from nasfx.spaces import shufflenet
 # isort: split
 import images
 import training
-from common import Help, parser, say, start, write_results
+from common import Help, add_resume, parser, resume_options, say, start, write_results
 
 PRESETS = {
     "toy": {**supernet.TOY, "population": 12, "generations": 5, "recalibrate": 10},
@@ -40,6 +41,7 @@ def arguments() -> argparse.ArgumentParser:
         conflict_handler="resolve",
     )
     made.add_argument("--epochs", type=int, default=0, help=argparse.SUPPRESS)  # nothing is trained
+    add_resume(made)
     images.add_data(made)
     supernet.add_space(made)
     add = made.add_argument_group("evolution").add_argument
@@ -50,6 +52,8 @@ def arguments() -> argparse.ArgumentParser:
     add("--generations", type=int, default=20, help="how many, the first included")
     add("--recalibrate", type=int, default=200, metavar="BATCHES",
         help="training batches that the batch norms' statistics are taken from")  # fmt: skip
+    add("--checkpoint-every", type=int, metavar="EVALUATIONS",
+        help="evaluations between checkpoints; None: only at the ends of generations")  # fmt: skip
     add("--max-flops", type=float, help="bound in million multiply-accumulates")
     add("--latency-filter", metavar="NAME",
         help="bound the latency on one of nn-Meter's devices such as cortexA76cpu_tflite21; on "
@@ -105,6 +109,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             population=args.population,
             generations=args.generations,
             seed=args.seed,
+            checkpoint_every=args.checkpoint_every,
+            **resume_options(args, "search-checkpoints"),
         )
     print(result)
     model.to("cpu")

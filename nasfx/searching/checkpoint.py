@@ -30,7 +30,7 @@ Plain = dict[str, Any]
 _NAME = re.compile(r"checkpoint-(\d{12,})\.pt")
 _PARTS = {
     "format", "versions", "of", "net", "hidden", "optimizers", "scheduler", "precision", "run",
-    "readers", "random",
+    "ranks",
 }  # fmt: skip
 
 

@@ -102,18 +102,40 @@ def evaluate(
     Raises:
         SearchError: the metric is no number, or not finite.
     """
-    total, count = 0.0, 0
+    mean = Mean(net, metric, when)
     with kept_modes(net), net.forced(arch), torch.no_grad():
         net.eval()
         for inputs, target in data:
-            value = metric(net(*inputs) if run is None else run(inputs), target)
-            if isinstance(value, int | float):
-                value = torch.tensor(float(value), dtype=torch.float64)
-            first = inputs[0]
-            size = len(first) if isinstance(first, Tensor) and first.dim() else 1
-            total += size * checked(net, value, inputs, "the metric", when)
-            count += size
-    return total / count
+            mean.add(net(*inputs) if run is None else run(inputs), inputs, target)
+    return mean.value
+
+
+class Mean:
+    """The mean of a metric over batches, which count by their size."""
+
+    def __init__(self, net: Supernet, metric: Metric, when: str) -> None:
+        """See `evaluate`."""
+        self.net, self.metric, self.when = net, metric, when
+        self.total, self.count = 0.0, 0
+
+    def add(self, outputs: Any, inputs: tuple[Any, ...], target: Any) -> None:
+        """Take a batch in.
+
+        Raises:
+            SearchError: the metric is no number, or not finite.
+        """
+        value = self.metric(outputs, target)
+        if isinstance(value, int | float):
+            value = torch.tensor(float(value), dtype=torch.float64)
+        first = inputs[0]
+        size = len(first) if isinstance(first, Tensor) and first.dim() else 1
+        self.total += size * checked(self.net, value, inputs, "the metric", self.when)
+        self.count += size
+
+    @property
+    def value(self) -> float:
+        """The mean so far, of at least one batch."""
+        return self.total / self.count
 
 
 def entropy(net: Supernet) -> float:

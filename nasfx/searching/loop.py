@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from torch.utils.data import DataLoader
 from nasfx.architecture import Architecture
 from nasfx.errors import SearchError
 from nasfx.searching.data_order import Randomness, Reader
+from nasfx.searching.distributed import Ranks, synchronise_batch_norms
 from nasfx.searching.evaluation import (
     Batch,
     Metric,
@@ -38,6 +40,8 @@ from nasfx.supernet import Supernet
 
 Loss = Callable[[Any, Any], Tensor]
 
+_GROUP = 10  # architectures that are evaluated together at the end, and then saved
+
 
 def search(
     net: Supernet,
@@ -50,6 +54,7 @@ def search(
     optimizers: Sequence[torch.optim.Optimizer] | None = None,
     warmup: int | float = 0,
     clip_norm: float | None = None,
+    accumulate: int = 1,
     seed: int | None = None,
     fabric: Fabric | None = None,
     console: Console | None = None,
@@ -57,6 +62,7 @@ def search(
     resume: Resume = "auto",
     checkpoint_every: int | None = None,
     keep: int = 2,
+    sync_batch_norm: bool = False,
 ) -> SearchResult:
     """Search: weight steps on training batches, arch steps on validation batches.
 
@@ -89,10 +95,12 @@ def search(
             a cosine schedule over the epochs, and the paper's.
         warmup: epochs, or a fraction of them if below 1, in which only weights are trained.
         clip_norm: clip the weights' gradients to this norm.
+        accumulate: training batches in a weight step; all are run by the step's path, and their
+            gradients averaged.
         seed: for the drawn paths; without it the net goes on with its own generator. Data order and
             dropout follow torch's global generator and the loaders.
-        fabric: a launched Lightning Fabric, for devices and mixed precision; by default one CPU
-            process.
+        fabric: a launched Lightning Fabric, for devices, mixed precision and several processes
+            (docs/running.md); by default one CPU process.
         console: where progress goes; by default the terminal, and nowhere if there is none.
         checkpoint_dir: the folder of the checkpoints of this search alone; None for none.
         resume: "auto": go on from the newest whole checkpoint there, or start if there is none.
@@ -102,6 +110,7 @@ def search(
             there are no others.
         keep: how many of the last checkpoints are kept, beside `best.pt`, that of the epoch with
             the highest metric.
+        sync_batch_norm: on several GPUs, let batch norms normalise by the batches of all of them.
 
     Raises:
         SearchError: wrong arguments, an empty loader, or a loss, gradient or metric that is not
@@ -124,11 +133,19 @@ def search(
     if fabric is None:
         fabric = Fabric(accelerator="cpu", devices=1)
         fabric.launch()
+    if accumulate < 1:
+        raise SearchError(f"accumulate={accumulate} must be at least 1")
+    ranks = Ranks(fabric)
+    if sync_batch_norm:
+        synchronise_batch_norms(net, fabric)
     if seed is not None:
         net.seed(seed)
-    console = console or Console(stderr=True)
-    saving = Saving(checkpoint_dir, resume, checkpoint_every, keep, console)
-    run = _Run(net, train, valid, loss, metric, epochs, warm, clip_norm, optimizers, fabric, saving)
+    console = (console or Console(stderr=True)) if ranks.first else Console(quiet=True)
+    saving = Saving(checkpoint_dir, resume, checkpoint_every, keep, console, ranks)
+    run = _Run(
+        net, train, valid, loss, metric, epochs, warm, clip_norm, accumulate, optimizers, ranks,
+        saving,
+    )  # fmt: skip
     saving.open(run.resumable(seed))
     return run.run(console)
 
@@ -136,14 +153,18 @@ def search(
 class _Run:
     def __init__(
         self, net: Supernet, train: Any, valid: Any, loss: Loss, metric: Metric | None, epochs: int,
-        warm: int, clip_norm: float | None, optimizers: Any, fabric: Fabric,
+        warm: int, clip_norm: float | None, accumulate: int, optimizers: Any, ranks: Ranks,
         saving: Saving,
     ) -> None:  # fmt: skip
         self.net, self.loss, self.metric = net, loss, metric
-        self.fabric, self.saving = fabric, saving
+        fabric = ranks.fabric
+        self.fabric, self.ranks, self.saving = fabric, ranks, saving
         self.epochs, self.warm, self.clip_norm = epochs, warm, clip_norm
+        self.accumulate = accumulate
         fabric.to_device(net)
-        self.train, self.valid = (self._loader(data) for data in (train, valid))
+        ranks.begin(net)
+        self.whole = train, valid  # not divided among the ranks
+        self.train, self.valid = map(self._loader, self.whole)
         self.randomness = Randomness(self.train, self.valid)
         self.readers = {
             "train": self._reader(self.train, "train"),
@@ -178,11 +199,12 @@ class _Run:
         options = {
             "epochs": self.epochs, "warmup": self.warm, "clip_norm": self.clip_norm,
             "metric": "minus the loss" if self.metric is None else "given", "seed": seed,
+            "accumulate": self.accumulate, "processes": self.ranks.count,
         }  # fmt: skip
         precision = self.fabric.strategy.precision
         return Resumable(
             self.net, optimizers, self.scheduler, precision, self.state, self.readers,
-            self.randomness, options,
+            self.randomness, options, self.ranks,
         )  # fmt: skip
 
     # -- steps -------------------------------------------------------------------------------------
@@ -206,6 +228,7 @@ class _Run:
             if batch is None or not self.schedule.same_batch:
                 batch = next(valid)
             losses.append(self._arch_gradient(*batch, following))
+        self.ranks.average_gradients(self.net.arch_parameters())
         self.arch.step()
         self.arch.zero_grad()
         return sum(losses) / len(losses)
@@ -213,14 +236,22 @@ class _Run:
     def _arch_gradient(
         self, inputs: tuple[Any, ...], target: Any, following: Batch | None
     ) -> float:
-        with self.net.arch_step(**self._unrolled(following)):
+        net, ranks = self.net, self.ranks
+
+        def forward() -> tuple[Tensor, float, float]:
             outputs = self._outputs(inputs)
             value = self.loss(outputs, target)
             number = self._checked(value, inputs, "the validation loss")
-            reward = None
-            if self.net.strategy.rewarded and self.metric is not None:
-                reward = self.metric(outputs, target)
-            self.fabric.backward(self.net.objective(value, reward))
+            reward = -number
+            if net.strategy.rewarded and self.metric is not None:
+                reward = float(self.metric(outputs, target))
+            return value, number, reward
+
+        with net.arch_step(**self._unrolled(following)):
+            value, number, reward = ranks.together(forward, lambda _: str(net._arch.state.drawn))
+            if net.strategy.rewarded:
+                reward = ranks.mean(reward)
+            self.fabric.backward(net.objective(value, reward))
         # With scaled losses (16-mixed) an overflow is normal: the scaler skips the step.
         scaled = getattr(self.fabric.strategy.precision, "scaler", None) is not None
         for p in () if scaled else self.net.arch_parameters():
@@ -239,22 +270,41 @@ class _Run:
         assert following is not None
         inputs, target = following
         inner = lambda: self.loss(self._outputs(inputs), target)  # noqa: E731
-        return {"inner": inner, "weight_optimizer": self.weights.optimizer}
+        average = None if self.ranks.count == 1 else self.ranks.average
+        return {
+            "inner": inner, "weight_optimizer": self.weights.optimizer, "average": average
+        }  # fmt: skip
 
-    def _weight_step(self, inputs: tuple[Any, ...], target: Any) -> float:
-        with self.net.weight_step():
-            outputs = self._outputs(inputs)
-            value = self.loss(outputs, target)
-            number = self._checked(value, inputs, "the training loss")
-            # A drawn path may hold no weights at all: then there is nothing to train.
-            if value.requires_grad or requires_grad(outputs):
-                self.fabric.backward(value)
+    def _weight_step(self, batches: Sequence[Batch]) -> float:
+        """An optimizer step of the weights of one path, over so many batches."""
+        net, ranks = self.net, self.ranks
+
+        def gradients() -> float:
+            return sum(self._weight_gradient(*batch, len(batches)) for batch in batches)
+
+        def trained(_: float) -> str:
+            moved = [name for name, p in net.named_parameters() if p.grad is not None]
+            return f"{net._arch.state.drawn} {moved}"
+
+        with net.weight_step():
+            total = ranks.together(gradients, trained)
+        ranks.average_gradients(net.weight_parameters())
         if self.clip_norm is not None:
             self.fabric.strategy.precision.unscale_gradients(self.weights.optimizer)
-            with_grad = [p for p in self.net.weight_parameters() if p.grad is not None]
+            with_grad = [p for p in net.weight_parameters() if p.grad is not None]
             torch.nn.utils.clip_grad_norm_(with_grad, self.clip_norm)
         self.weights.step()
         self.weights.zero_grad()
+        return total / len(batches)
+
+    def _weight_gradient(self, inputs: tuple[Any, ...], target: Any, share: int) -> float:
+        """Add the gradient of a batch, divided by `share`."""
+        outputs = self._outputs(inputs)
+        value = self.loss(outputs, target)
+        number = self._checked(value, inputs, "the training loss")
+        # A drawn path may hold no weights at all: then there is nothing to train.
+        if value.requires_grad or requires_grad(outputs):
+            self.fabric.backward(value / share if share > 1 else value)
         return number
 
     @property
@@ -265,15 +315,25 @@ class _Run:
         """The metric of one architecture over the validation data, in eval mode."""
         data = batches(self.valid, "valid", self.fabric.to_device)
         with self.saving.evaluating():
-            return evaluate(
-                self.net, arch, data, self._metric, when=self.position, run=self._outputs
+            own = self.ranks.together(
+                lambda: evaluate(
+                    self.net, arch, data, self._metric, when=self.position, run=self._outputs
+                )
             )
+        return self.ranks.mean(own)
 
     def _judge(self) -> Judge:
         """Evaluates the architectures among which the strategy chooses at the end."""
         n = self.schedule.recalibrate
-        recalibration = Recalibration(self.train, n, one_pass=True) if n else None
-        return Judge(self.net, self.valid, self._metric, recalibration, 0, self._outputs)
+        train, valid = self.whole
+        recalibration = Recalibration(train, n, one_pass=True) if n else None
+        return Judge(self.net, valid, self._metric, recalibration, 0, around=self._interruptible)
+
+    @contextmanager
+    def _interruptible(self) -> Generator[None, None, None]:
+        self.saving.check_evaluation()
+        with self.fabric.autocast():
+            yield
 
     # -- the loop ----------------------------------------------------------------------------------
 
@@ -292,7 +352,7 @@ class _Run:
         n = length(self.train)
         done = 0 if n is None else self.state.epoch * n
         if self.state.part == "weights":
-            done += self.state.step
+            done += self.state.step * self.accumulate
         total = None if n is None else n * self.epochs
         self.progress = progress
         self.task = progress.add_task("search", total=total, completed=done, figures="")
@@ -315,17 +375,18 @@ class _Run:
 
     def _weights(self, every: int) -> None:
         """The weight steps of an epoch, with an arch step before every so many."""
-        state, reader = self.state, self.readers["train"]
-        for batch in reader.rest():
-            self.position = f"in epoch {state.epoch}, batch {state.step}"
+        state, reader, n = self.state, self.readers["train"], self.accumulate
+        taken = self.ranks.in_step(reader.rest(), "the training data")
+        while together := list(islice(taken, n)):
+            self.position = f"in epoch {state.epoch}, batch {state.step * n}"
             if every and state.step % every == 0:
-                state.arch_losses.append(self._arch_step(self.endless, batch))
-            state.train_losses.append(self._weight_step(*batch))
+                state.arch_losses.append(self._arch_step(self.endless, together[0]))
+            state.train_losses.append(self._weight_step(together))
             figures = f"epoch {state.epoch} loss {state.train_losses[-1]:.4f}"
             if state.records:  # of the epoch before; every batch would be too often
                 last = state.records[-1]
                 figures += f" metric {last['metric']:.4f} entropy {last['entropy']:.3f}"
-            self.progress.update(self.task, advance=1, figures=figures)
+            self.progress.update(self.task, advance=len(together), figures=figures)
             self._stepped()
         reader.close()
         state.enter("arch")
@@ -333,7 +394,7 @@ class _Run:
     def _phase(self) -> None:
         """The arch steps that follow the weight steps of an epoch."""
         state, steps, reader = self.state, self.schedule.steps, self.readers["phase"]
-        one_pass = reader.rest()
+        one_pass = self.ranks.in_step(reader.rest(), "the validation data")
         while steps is None or state.step < steps:
             self.position = f"in epoch {state.epoch}, arch step {state.step}"
             source = self.endless
@@ -360,14 +421,16 @@ class _Run:
         assert state.arch is not None
         lr, nats = self.weights.param_groups[0]["lr"], entropy(self.net)
         self.position = f"at the end of epoch {state.epoch}"
+        self.ranks.synchronise_buffers(self.net)
+        self.ranks.check_alike(self.net, self.position)
         metric = self.evaluate(state.arch)
         if self.scheduler is not None:
             self.scheduler.step()
         train, arch = state.train_losses, state.arch_losses
         record = {
             "epoch": state.epoch,
-            "train_loss": sum(train) / len(train),
-            "arch_loss": sum(arch) / len(arch) if arch else None,
+            "train_loss": self.ranks.mean(sum(train) / len(train)),
+            "arch_loss": self.ranks.mean(sum(arch) / len(arch)) if arch else None,
             "metric": metric,
             "entropy": nats,
             "lr": lr,
@@ -386,21 +449,40 @@ class _Run:
             state.enter("conclusion")
             state.draws = generator.get_state()
         generator.set_state(state.draws)
-        judge, metrics = self._judge(), state.evaluated
-
-        def scored(arch: Architecture) -> float:
-            if arch not in metrics:
-                with self.saving.evaluating():
-                    metric = judge.evaluate(arch, f"{self.position}, for {dict(arch)}")
-                metrics[arch] = metric
-                state.steps += 1
-                self.saving.after_evaluation()
-            return self.net.scored(metrics[arch], arch)
-
-        best = self.net.conclude(scored)
-        scored(best)
-        judge.adopt(best)
+        judge = self._judge()
+        scores = _Scores(self, judge)
+        best = self.net.conclude(scores)
+        scores(best)
+        self.ranks.together(lambda: judge.adopt(best))
+        self.ranks.synchronise_buffers(self.net)
         state.architecture = best
         state.enter("finished")
         state.steps += 1
         self.saving.after_end()
+
+
+class _Scores:
+    """What a strategy asks for at the end; what was evaluated before is not evaluated again."""
+
+    def __init__(self, run: _Run, judge: Judge) -> None:
+        self.run, self.judge = run, judge
+
+    def __call__(self, arch: Architecture) -> float:
+        """The metric of an architecture, with what it costs weighed in."""
+        self.expect([arch])
+        return self.run.net.scored(self.run.state.evaluated[arch], arch)
+
+    def expect(self, archs: Sequence[Architecture]) -> None:
+        """Evaluate architectures in groups, divided among the ranks."""
+        run, metrics = self.run, self.run.state.evaluated
+        left = [arch for arch in dict.fromkeys(archs) if arch not in metrics]
+        for group in self.judge.groups(left, _GROUP * run.ranks.count):
+            with run.saving.evaluating():
+                found = run.ranks.divided(
+                    group,
+                    lambda own: self.judge.evaluate_all(own, run.position),
+                    shared=isinstance(run.whole[1], DataLoader),
+                )
+            metrics.update(zip(group, found, strict=True))
+            run.state.steps += len(group)
+            run.saving.after_evaluation()

@@ -17,6 +17,7 @@ from torch import Tensor
 from nasfx.errors import CheckpointError, NasfxError
 from nasfx.searching.checkpoint import FORMAT, Plain, plain
 from nasfx.searching.data_order import Randomness, Reader
+from nasfx.searching.distributed import Ranks
 from nasfx.searching.result import RunState
 from nasfx.supernet import Supernet
 
@@ -201,6 +202,7 @@ class Resumable:
         readers: the passes over the loaders, by what they are for.
         randomness: the random generators.
         options: of the search, which must be the same when it goes on.
+        ranks: the processes of the search; None for one.
     """
 
     net: Supernet
@@ -211,6 +213,7 @@ class Resumable:
     readers: Mapping[str, Reader]
     randomness: Randomness
     options: Mapping[str, Any]
+    ranks: Ranks | None = None
 
     @cached_property
     def of(self) -> dict[str, dict[str, str]]:
@@ -254,9 +257,27 @@ class Resumable:
             "scheduler": plain(scheduler, "the scheduler"),
             "precision": plain(self.precision.state_dict(), "the precision"),
             "run": plain(self.run.state_dict(), "the state of the search"),
-            "readers": {name: reader.state() for name, reader in self.readers.items()},
-            "random": randomness or self.randomness.state(),
+            "ranks": self._each_rank(
+                {
+                    "readers": {name: reader.state() for name, reader in self.readers.items()},
+                    "random": randomness or self.randomness.state(),
+                    **({} if self._alone else self._of_this_rank()),
+                }
+            ),
         }
+
+    @property
+    def _alone(self) -> bool:
+        return self.ranks is None or self.ranks.count == 1
+
+    def _of_this_rank(self) -> Plain:
+        """Running statistics, and the losses of the epoch so far."""
+        losses = [list(self.run.train_losses), list(self.run.arch_losses)]
+        return {"buffers": _all_buffers(self.net), "losses": losses}
+
+    def _each_rank(self, own: Plain) -> list[Plain]:
+        """What differs between the processes, of all of them in order."""
+        return [own] if self.ranks is None else self.ranks.gather(own)
 
     def load(self, file: Path, content: Plain) -> None:
         """Put everything where it was.
@@ -292,9 +313,21 @@ class Resumable:
             _check_entries("scheduler", content["scheduler"], self.scheduler.state_dict())
             self.scheduler.load_state_dict(content["scheduler"])
         self.precision.load_state_dict(content["precision"])
+        own = content["ranks"][0] if self.ranks is None else self.ranks.own(content["ranks"])
+        if not self._alone:
+            buffers = _all_buffers(self.net)
+            _check_entries("buffers", own["buffers"], buffers)
+            for name, value in own["buffers"].items():
+                buffers[name].copy_(value)
+            self.run.train_losses, self.run.arch_losses = map(list, own["losses"])
         for name, reader in self.readers.items():
-            reader.load_state(content["readers"][name])
-        self.randomness.load_state(content["random"])
+            reader.load_state(own["readers"][name])
+        self.randomness.load_state(own["random"])
+
+
+def _all_buffers(net: Supernet) -> dict[str, Tensor]:
+    """The buffers, in the state_dict or not; each process has running statistics of its own."""
+    return dict(net.named_buffers())
 
 
 def _check_entries(what: str, saved: Mapping[str, Any], own: Mapping[str, Any]) -> None:

@@ -6,7 +6,7 @@ import contextlib
 import signal
 import threading
 import time
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +16,7 @@ from rich.console import Console
 
 from nasfx.errors import SearchError
 from nasfx.searching.checkpoint import CheckpointFolder, Plain, to_resume
+from nasfx.searching.distributed import Ranks
 from nasfx.searching.nonfinite import check_parameters
 from nasfx.searching.resuming import Resumable, versions
 
@@ -38,8 +39,9 @@ class Saving:
         every: int | None,
         keep: int,
         console: Console,
+        ranks: Ranks | None = None,
     ) -> None:
-        """See `nasfx.search` for the arguments.
+        """See `nasfx.search` for the arguments; of several processes the first one writes.
 
         Raises:
             SearchError: one of them is wrong.
@@ -55,6 +57,7 @@ class Saving:
         if keep < 1:
             raise SearchError(f"keep={keep} must be at least 1, the newest checkpoint")
         self.folder = None if checkpoint_dir is None else CheckpointFolder(checkpoint_dir, keep)
+        self.ranks = ranks
         self.request = StopRequest()
         self.held: Plain | None = None
         self.saved_steps = 0
@@ -67,13 +70,13 @@ class Saving:
             CheckpointError: a checkpoint cannot be read, or belongs to something else.
         """
         self.search = search
-        found = to_resume(self.folder, self.resume)
+        found = self._found()
         if self.folder is not None:
             search.check()
         if found is None:
             return
         file, content, notices = found
-        search.load(file, content)
+        self._together(lambda: search.load(file, content))
         self.saved_steps = search.run.steps
         for notice in notices:
             self._say(f"{notice}; the one before it is used")
@@ -82,6 +85,24 @@ class Saving:
                       "bits as without a stop are not promised")  # fmt: skip
         self._say(f"going on from {file}: {search.run}")
 
+    def _found(self) -> tuple[Path, Plain, list[str]] | None:
+        """What to go on from; the first process chooses, since it may set damaged files aside."""
+        ranks = self.ranks
+        if ranks is None or ranks.count == 1:
+            return to_resume(self.folder, self.resume)
+        chosen = ranks.lead(lambda: to_resume(self.folder, self.resume))
+        return chosen
+
+    def _together(self, call: Callable[[], Any]) -> None:
+        """Run on all processes; where it fails on one of them, all raise."""
+        call() if self.ranks is None else self.ranks.together(call)
+
+    def _asked(self) -> bool:
+        """Whether a signal has asked one of the processes to stop."""
+        if self.ranks is not None and self.folder is not None:
+            self.request.number = self.ranks.largest(self.request.number)
+        return bool(self.request.number)
+
     def _say(self, line: str) -> None:
         self.console.print(line, highlight=False, markup=False, soft_wrap=True)
 
@@ -89,7 +110,7 @@ class Saving:
 
     def after_step(self) -> None:
         """Save after so many steps; stop where that is asked for."""
-        if self.request.number:
+        if self._asked():
             raise Interrupted
         if self.every is not None and self.search.run.steps - self.saved_steps >= self.every:
             self._save()
@@ -97,7 +118,7 @@ class Saving:
     def after_epoch(self) -> None:
         """Save; stop where that is asked for."""
         self._save(best=self.search.run.best_is_last)
-        if self.request.number:
+        if self._asked():
             raise Interrupted
 
     @contextmanager
@@ -121,14 +142,17 @@ class Saving:
 
     def check_evaluation(self) -> None:
         """Stop an evaluation where that is asked for."""
-        if self.held is not None and self.request.number:
+        # Of several processes none may leave the others waiting: they stop after the evaluation.
+        alone = self.ranks is None or self.ranks.count == 1
+        if alone and self.held is not None and self.request.number:
             raise Interrupted
 
     def after_evaluation(self) -> None:
         """Save an evaluation of the conclusion where it took long; stop where that is asked for."""
-        if self.request.number:
+        if self._asked():
             raise Interrupted
-        if time.perf_counter() - self.saved_at >= _SHARE * self.took:
+        late = time.perf_counter() - self.saved_at >= _SHARE * self.took
+        if late if self.ranks is None else self.ranks.largest(late):
             self._save()
 
     def after_end(self) -> None:
@@ -141,7 +165,12 @@ class Saving:
             return
         start = time.perf_counter()
         check_parameters(self.search.net, f"at {self.search.run}")
-        self.folder.write(self.search.content(self.held), steps, best=best)
+        folder, content = self.folder, self.search.content(self.held)
+        if self.ranks is None or self.ranks.count == 1:
+            folder.write(content, steps, best=best)
+        else:
+            first = self.ranks.first
+            self._together(lambda: folder.write(content, steps, best=best) if first else None)
         self.saved_steps = steps
         self.saved_at = time.perf_counter()
         self.took = self.saved_at - start

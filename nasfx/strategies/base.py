@@ -28,8 +28,21 @@ from nasfx.rewriting.editing import attribute, gate_node
 from nasfx.rewriting.passes import Pass
 from nasfx.space import SearchSpace
 from nasfx.strategies.bounded import Score, best_within_bounds
+from nasfx.strategies.unrolled import Average
 
 Evaluate = Callable[[Architecture], float]
+"""Gives an architecture's metric; see `expect`."""
+
+
+def expect(evaluate: Evaluate, archs: Sequence[Architecture]) -> None:
+    """Tell `evaluate` for which architectures it will be asked next.
+
+    One that has a method `expect` may evaluate them together, or divide them among processes.
+    """
+    if (ahead := getattr(evaluate, "expect", None)) is not None:
+        ahead(archs)
+
+
 """The validation score of one architecture under the shared weights; higher is better."""
 
 
@@ -172,6 +185,7 @@ class Strategy(ABC):
         modules: Sequence[nn.Module],
         inner: Callable[[], Tensor] | None,
         weight_optimizer: torch.optim.Optimizer | None,
+        average: Average | None = None,
     ) -> AbstractContextManager[None]:
         """What an arch step runs in; see `Supernet.arch_step` for the arguments."""
         if inner is not None or weight_optimizer is not None:

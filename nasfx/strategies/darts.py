@@ -24,7 +24,7 @@ from nasfx.strategies.base import (
     choice_probabilities,
     derive_most_probable,
 )
-from nasfx.strategies.unrolled import METHODS, unrolled
+from nasfx.strategies.unrolled import METHODS, Average, unrolled
 
 
 @dataclass(frozen=True)
@@ -84,6 +84,7 @@ class Darts(Strategy):
         modules: Sequence[nn.Module],
         inner: Callable[[], Tensor] | None,
         weight_optimizer: torch.optim.Optimizer | None,
+        average: Average | None = None,
     ) -> AbstractContextManager[None]:
         """The unrolled step's context, where it is asked for."""
         if not self.second_order:
@@ -96,7 +97,9 @@ class Darts(Strategy):
                 "        net.objective(F.cross_entropy(net(xv), yv)).backward()"
             )
         method = str(self.unrolled)
-        return unrolled(weights, alphas, modules, inner, weight_optimizer, method=method)
+        return unrolled(
+            weights, alphas, modules, inner, weight_optimizer, method=method, average=average
+        )
 
     def candidates(self, choice: SpaceChoice) -> tuple[Any, ...]:
         """All candidates, `relaxed_only` ones too; none for edge-scored inputs."""

@@ -20,7 +20,7 @@ from nasfx.passes import DeferProducers, LowerSampledPath
 from nasfx.rewriting.editing import identifier
 from nasfx.rewriting.passes import Pass
 from nasfx.space import SearchSpace
-from nasfx.strategies.base import Evaluate, Schedule, Strategy, check_whole
+from nasfx.strategies.base import Evaluate, Schedule, Strategy, check_whole, expect
 from nasfx.strategies.controller import Controller, Question
 from nasfx.strategies.random_search import best_of, generator_of
 
@@ -266,6 +266,7 @@ class Enas(Strategy):
         Where the controller draws none that keeps within the bounds, they are drawn uniformly.
         """
         if drawn := self._fitting(arch, space, self.final_samples):
+            expect(evaluate, drawn)
             return max(drawn, key=evaluate)
         return best_of(space, generator_of(arch), self.final_samples, evaluate, "final_samples")
 

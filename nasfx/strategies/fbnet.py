@@ -26,6 +26,7 @@ from nasfx.strategies.base import (
     check_whole,
     derive_most_probable,
     draw_decision,
+    expect,
 )
 
 
@@ -158,6 +159,7 @@ class FBNet(Strategy):
             drawn = space.validate(self.draw(arch, space))
             if space.fits(drawn):
                 found[drawn] = None
+        expect(evaluate, list(found))
         return max(found, key=evaluate)
 
     def arch_optimizer(

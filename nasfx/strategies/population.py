@@ -13,7 +13,7 @@ from nasfx.architecture import Architecture, SpaceChoice
 from nasfx.choice import Decision
 from nasfx.errors import CheckpointError, SearchError, SpaceError
 from nasfx.space import SearchSpace
-from nasfx.strategies.base import Evaluate
+from nasfx.strategies.base import Evaluate, expect
 
 Constraint = Callable[[Architecture], bool]
 """Whether an architecture may be evaluated."""
@@ -85,6 +85,7 @@ class Population:
                 self.current = self.generation()
             if not self.current:
                 break
+            expect(evaluate, self.current)
             for arch in self.current:
                 if arch not in self.scores:
                     self.scores[arch] = float(evaluate(arch))

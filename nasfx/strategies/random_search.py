@@ -11,7 +11,7 @@ import torch
 from nasfx.architecture import Architecture
 from nasfx.ops.arch_state import ArchState
 from nasfx.space import SearchSpace
-from nasfx.strategies.base import Evaluate, check_whole
+from nasfx.strategies.base import Evaluate, check_whole, expect
 from nasfx.strategies.population import nothing_fits
 from nasfx.strategies.single_path import UniformPaths, generator_of
 
@@ -91,4 +91,5 @@ def best_of(
             break
     if not fitting:
         raise nothing_fits(space, len(seen), option)
+    expect(evaluate, fitting)
     return max(fitting, key=evaluate)

@@ -15,6 +15,9 @@ from nasfx.ops.select import unmoved_buffers
 
 METHODS = ("finite-difference", "exact")
 
+Average = Callable[[Sequence[Tensor]], None]
+"""Lets each tensor be its mean over the processes of a search, in place."""
+
 
 @contextmanager
 def unrolled(
@@ -26,6 +29,7 @@ def unrolled(
     *,
     method: str,
     epsilon: float = 0.01,
+    average: Average | None = None,
 ) -> Generator[None, None, None]:
     """Within the block the weights are where the optimizer's next step would take them.
 
@@ -55,6 +59,8 @@ def unrolled(
             twice, which needs more memory and, of every operation, a second derivative.
         epsilon: the norm of the change of the weights in equation 8, whose step is
             epsilon / ||c v||. For one c this is the authors' 0.01 / ||v||.
+        average: where each process has a share of the batches: lets tensors be their means over
+            the processes, in place. g and v are; `alpha.grad` is left to the caller.
 
     Raises:
         SearchError: the optimizer is not SGD or holds none of the weights, there is no such
@@ -86,10 +92,14 @@ def unrolled(
             w.grad = None
         with _training_loss(inner, modules) as loss:
             grads = _weight_gradients(loss, held)
+        if average is not None:
+            average([grad for grad in grads if grad is not None])
         slopes = _step(groups, grads, sgd)
         with unmoved_buffers(*modules):
             yield
         _restore(kept)
+        if average is not None:
+            average([w.grad for w in held if w.grad is not None])
         pulled = {
             w: slope * w.grad.detach()
             for w, slope in zip(held, slopes, strict=True)

@@ -381,6 +381,15 @@ def test_spos_goes_on_and_overwrites_nothing(spos: Any, tmp_path: Path) -> None:
     assert all(torch.equal(first[name], again[name]) for name in first)
     with pytest.raises(nasfx.CheckpointError, match="is there, of a search that could go on"):
         spos.supernet.main(smoke)
+    spos.search.main([*smoke, "--checkpoint-every", "1", "--resume"])  # starts where there is none
+    assert list((tmp_path / "search-checkpoints").glob("checkpoint-*.pt"))
+    found = results_of(tmp_path / "search.json")
+    spos.search.main([*smoke, "--resume"])  # it was finished
+    again = results_of(tmp_path / "search.json")
+    assert again["records"] == found["records"]  # with the seconds of the first
+    assert again["evaluated"] == found["evaluated"]
+    with pytest.raises(nasfx.CheckpointError, match="is there, of a search that could go on"):
+        spos.search.main(smoke)
 
 
 def test_the_supernet_of_the_authors_is_read(

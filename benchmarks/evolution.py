@@ -1,0 +1,107 @@
+"""What a generation of an evolution costs at once, against its architectures one by one.
+
+    python benchmarks/evolution.py [--batch 64] [--size 64] [--rounds 3] [--json FILE]
+
+On the ShuffleNet space of SPOS with random weights: recalibration of the batch norms and
+evaluation of the architectures of a generation, CPU time of one thread. Collapsing the
+subnets counts for both. The generations are those of an evolution with a synthetic fitness, a sum
+of a random value for every candidate. For every generation the median of the ratios over the
+rounds, in which both take turns; the scores of both must be the same bits.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from common import report
+
+import nasfx
+from nasfx.searching.recalibration import Judge, Recalibration
+from nasfx.spaces import shufflenet
+from nasfx.strategies.population import Population
+
+
+def generations(
+    space: nasfx.SearchSpace, size: int, numbers: list[int], seed: int
+) -> dict[int, list[nasfx.Architecture]]:
+    """The architectures of some generations of an evolution with a synthetic fitness."""
+    generator = torch.Generator().manual_seed(seed)
+    values = {
+        choice.label: {v: float(torch.randn((), generator=generator)) for v in choice.values()}
+        for choice in space.choices
+    }
+
+    def fitness(arch: nasfx.Architecture) -> float:
+        return sum(values[label][value] for label, value in arch.items())
+
+    pool = Population(space, (), size, generator)
+    for _ in pool.run(max(numbers) + 1, fitness):
+        pass
+    scored = list(pool.scores)
+    return {n: scored[n * size : (n + 1) * size] for n in numbers}
+
+
+def timed(evaluate: Callable[[], list[float]]) -> tuple[float, list[float]]:
+    """CPU seconds, and the scores."""
+    start = time.process_time()
+    scores = evaluate()
+    return time.process_time() - start, scores
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=str(__doc__).split("\n")[0])
+    parser.add_argument("--population", type=int, default=50)
+    parser.add_argument("--generations", type=int, nargs="+", default=[0, 3, 7])
+    parser.add_argument("--recalibrate", type=int, default=2, help="batches")
+    parser.add_argument("--valid", type=int, default=1, help="batches")
+    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--size", type=int, default=64)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--json", type=Path, help="write the result there")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    torch.manual_seed(args.seed)
+    net = nasfx.transform(shufflenet.spos(), "single-path")
+    data = [
+        (torch.randn(args.batch, 3, args.size, args.size), torch.randint(1000, (args.batch,)))
+        for _ in range(args.recalibrate + args.valid)
+    ]
+    train, valid = data[: args.recalibrate], data[args.recalibrate :]
+
+    def metric(outputs: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        return -F.cross_entropy(outputs.double(), target)
+
+    judge = Judge(net, valid, metric, Recalibration(train, args.recalibrate), args.seed)
+    chosen = generations(net.space, args.population, args.generations, args.seed)
+    ratios: dict[int, list[float]] = {n: [] for n in chosen}
+    seconds: dict[int, list[float]] = {n: [] for n in chosen}
+    judge.evaluate_all(chosen[args.generations[0]][:2], "first")
+    for _ in range(args.rounds):
+        for n, archs in chosen.items():
+            alone, one = timed(lambda archs=archs: [judge.evaluate(a, "alone") for a in archs])
+            at_once, all_ = timed(lambda archs=archs: judge.evaluate_all(archs, "at once"))
+            if one != all_:
+                raise SystemExit(f"generation {n}: the scores differ")
+            ratios[n].append(alone / at_once)
+            seconds[n].append(at_once)
+            print(f"generation {n}: {alone / at_once:.2f}", file=sys.stderr)
+    result = {
+        "ratio": {n: statistics.median(r) for n, r in ratios.items()},
+        "spread": {n: [min(r), max(r)] for n, r in ratios.items()},
+        "seconds_at_once": {n: statistics.median(s) for n, s in seconds.items()},
+        "evaluated": sum(map(len, chosen.values())),
+    }
+    names = ("population", "recalibrate", "valid", "batch", "size", "rounds", "seed")
+    report(args, names, result)
+
+
+if __name__ == "__main__":
+    main()

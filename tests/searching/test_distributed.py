@@ -1,0 +1,171 @@
+"""Searches on two processes: alike on both, and what one process with the whole batch gives."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning_fabric import Fabric
+from torch import nn
+
+import nasfx
+from nasfx.errors import SearchError
+from tests.searching import ranks as worker
+
+Found = list[dict[str, Any]]
+
+
+def run(tasks: dict[str, Any], folder: Path) -> Found:
+    """What two processes ended their tasks with, by rank."""
+    file = folder / "tasks.json"
+    file.write_text(json.dumps(tasks))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    given = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    given |= {"OMP_NUM_THREADS": "1", "GROUP_RANK": "0", "LOCAL_WORLD_SIZE": "2"}
+    given |= {"TORCHELASTIC_RUN_ID": "test", "NODE_RANK": "0"}
+    command = [sys.executable, "-m", "tests.searching.ranks", str(file)]
+    processes = [
+        subprocess.Popen(
+            command, env={**given, "RANK": str(i), "LOCAL_RANK": str(i)},
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        )
+        for i in range(2)
+    ]  # fmt: skip
+    try:
+        told = [process.communicate(timeout=240)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert [p.returncode for p in processes] == [0, 0], "\n".join(told)
+    return [torch.load(folder / f"rank-{i}.pt", weights_only=False) for i in range(2)]
+
+
+def assert_equal(one: Any, two: Any) -> None:
+    assert one["state"].keys() == two["state"].keys()
+    for name, value in one["state"].items():
+        if isinstance(value, torch.Tensor):
+            assert torch.equal(value, two["state"][name]), name
+    for key in ("architecture", "records", "evaluated"):
+        assert one[key] == two[key], key
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> Found:
+    tasks: dict[str, Any] = {}
+    for name in worker.STRATEGIES:
+        tasks[f"{name}, plain"] = "plain", name, {"norm": False}
+        tasks[f"{name}, norms"] = "plain", name, {"norm": True}
+    return run(tasks, tmp_path_factory.mktemp("two"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["plain", "norms"])
+@pytest.mark.parametrize("name", worker.STRATEGIES)
+def test_ranks_end_alike(name: str, kind: str, found: Found) -> None:
+    one, two = (ranks[f"{name}, {kind}"] for ranks in found)
+    assert isinstance(one, dict), one
+    assert_equal(one, two)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", worker.STRATEGIES)
+def test_two_ranks_are_one_with_the_whole_batch(name: str, found: Found) -> None:
+    fabric = Fabric(accelerator="cpu", devices=1)
+    fabric.launch()
+    alone, two = worker.searched(fabric, name, norm=False), found[0][f"{name}, plain"]
+    start = nasfx.transform(worker.Net(norm=False).double(), worker.STRATEGIES[name], seed=0)
+    moved = 0.0
+    for key, value in alone["state"].items():
+        if isinstance(value, torch.Tensor) and value.is_floating_point():
+            torch.testing.assert_close(
+                two["state"][key], value, rtol=1e-10, atol=1e-10, equal_nan=True, msg=key
+            )
+            moved += float((value - start.state_dict()[key]).abs().nan_to_num().sum())
+    assert moved > 0.1
+    assert two["architecture"] == alone["architecture"]
+    for ours, theirs in zip(two["records"], alone["records"], strict=True):
+        assert ours.keys() == theirs.keys()
+        for key, value in theirs.items():
+            assert ours[key] == (value if value is None else pytest.approx(value, rel=1e-9)), key
+    assert [a for a, _ in two["evaluated"]] == [a for a, _ in alone["evaluated"]]
+
+
+def test_one_search_on_two_ranks(tmp_path: Path) -> None:
+    """The quick one: a strategy with arch steps, loaders that Fabric divides, a fault."""
+    tasks = {
+        "search": ("loaders", "two", {"norm": True, "epochs": 2}),
+        "nan": ("wrong", "darts", {"how": "nan"}),
+        "other weights": ("wrong", "darts", {"how": "other weights"}),
+    }
+    one, two = run(tasks, tmp_path)
+    assert isinstance(one["search"], dict), one["search"]
+    assert_equal(one["search"], two["search"])
+    assert "rank 1 failed" in one["nan"]
+    assert "the training loss" in two["nan"]
+    assert one["other weights"].startswith("SearchError: here: head.bias differs between the ranks")
+
+
+@pytest.mark.slow
+def test_what_goes_wrong_on_one_rank_ends_all(tmp_path: Path) -> None:
+    hows = ["nan", "short", "raises", "other paths"]
+    one, two = run({how: ("wrong", "single-path", {"how": how}) for how in hows}, tmp_path)
+    assert "rank 1 failed" in one["nan"]
+    assert "the training loss" in two["nan"]
+    for found in (one, two):
+        assert "has 4 batches on some ranks and more on others" in found["short"]
+        assert "the ranks have drawn different paths" in found["other paths"]
+    assert "rank 1 failed" in one["raises"]
+    assert "the disk is gone" in two["raises"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["two", "single-path", "enas", "finite-difference"])
+def test_a_stopped_search_goes_on_with_the_same_bits(name: str, tmp_path: Path) -> None:
+    whole = run({"whole": ("loaders", name, {"norm": True})}, tmp_path)
+    stopped = run({"stopped": ("stopped", name, {"at": 13})}, tmp_path)
+    for ranks in stopped:
+        assert ranks["stopped"].startswith("SystemExit: 143"), ranks["stopped"]
+    again = run({"again": ("loaders", name, {"norm": True, "checkpoint_dir": "stopped"})}, tmp_path)
+    for before, after in zip(whole, again, strict=True):
+        assert isinstance(after["again"], dict), after["again"]
+        assert_equal(before["whole"], after["again"])
+
+
+# -- one process -----------------------------------------------------------------------------------
+
+
+def one() -> Fabric:
+    fabric = Fabric(accelerator="cpu", devices=1)
+    fabric.launch()
+    return fabric
+
+
+@pytest.mark.parametrize("name", ["darts", "two", "single-path"])
+def test_accumulated_batches_are_one(name: str) -> None:
+    whole = worker.batches(slice(None), 0)
+    halves = [(x[i : i + 4], y[i : i + 4]) for x, y in whole for i in (0, 4)]
+    big = worker.searched(one(), name, norm=False, data={"train": whole}, epochs=2)
+    small = worker.searched(one(), name, norm=False, data={"train": halves}, epochs=2, accumulate=2)
+    if name == "single-path":  # others look at the first batch, or draw, before a step
+        assert small["architecture"] == big["architecture"]
+    for key, value in big["state"].items():
+        if isinstance(value, torch.Tensor) and value.is_floating_point():
+            torch.testing.assert_close(small["state"][key], value, rtol=1e-10, atol=1e-10, msg=key)
+
+
+def test_what_cannot_be_is_refused() -> None:
+    with pytest.raises(SearchError, match=r"sync_batch_norm=True on cpu: torch.nn.SyncBatchNorm"):
+        worker.searched(one(), "darts", norm=True, sync_batch_norm=True)
+    with pytest.raises(SearchError, match="accumulate=0 must be at least 1"):
+        worker.searched(one(), "darts", norm=True, accumulate=0)
+    net = nasfx.transform(worker.Net(norm=False).double(), "darts")
+    assert not any(isinstance(m, nn.SyncBatchNorm) for m in net.modules())
