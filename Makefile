@@ -50,6 +50,7 @@ bench: $(VENV)/.dev  ## the benchmarks, as JSON
 	$(BIN)/python benchmarks/latency.py
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/supernet.py
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/sampled.py
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/strategies.py --rounds 3
 
 clean:  ## remove the virtual environment and what the examples wrote
 	rm -rf $(VENV) *-output

@@ -18,24 +18,18 @@ from __future__ import annotations
 
 import argparse
 import functools
-import json
-import platform
 import statistics
-import subprocess
-import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from common import Step, cpu_seconds, peak_mib, print_peak, report
 from torch import Tensor, nn
 
 import nasfx
 from nasfx.spaces import darts
 
-Step = Callable[[], None]
 VARIANTS = ("nchw", "last", "last-restricted", "nasfx-off", "nasfx-auto")
 
 
@@ -205,37 +199,13 @@ def steps(variant: str, args: argparse.Namespace) -> list[Step]:
     return hand_written(variant, args, batch)
 
 
-def cpu_seconds(step: Step) -> float:
-    start = time.process_time()
-    step()
-    return time.process_time() - start
-
-
 # -- measuring -------------------------------------------------------------------------------------
 
 
-def peak_mib(variant: str, args: argparse.Namespace) -> float:
+def peak_of(variant: str, args: argparse.Namespace) -> float:
     """The peak memory of one iteration, in a process of its own."""
     own = [f"--{name}={getattr(args, name)}" for name in ("batch", "channels", "cells", "size")]
-    run = subprocess.run(
-        [sys.executable, __file__, *own, f"--peak={variant}"],
-        capture_output=True, text=True, check=True,
-    )  # fmt: skip
-    return float(run.stdout)
-
-
-def print_peak(variant: str, args: argparse.Namespace) -> None:
-    made = steps(variant, args)
-    before = resident("VmRSS")
-    for step in made:
-        step()
-    print((resident("VmHWM") - before) / 1024)
-
-
-def resident(name: str) -> int:
-    """A row of Linux's table of this process's memory, in KiB."""
-    rows = Path("/proc/self/status").read_text(encoding="utf-8").split("\n")
-    return next(int(row.split()[1]) for row in rows if row.startswith(name))
+    return peak_mib(__file__, *own, f"--peak={variant}")
 
 
 def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
@@ -259,7 +229,7 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
                 "arch": statistics.median(arch),
                 "iteration": statistics.median(both),
                 "spread": max(both) - min(both),
-                "peak_mib": None if args.no_memory else peak_mib(variant, args),
+                "peak_mib": None if args.no_memory else peak_of(variant, args),
             }
         )
     return rows
@@ -283,15 +253,10 @@ def main() -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
     if args.peak:
-        print_peak(args.peak, args)
+        print_peak(steps(args.peak, args))
         return
     rows = measure(args)
-    sizes = {name: getattr(args, name) for name in ("batch", "channels", "cells", "size", "rounds")}
-    machine = {"machine": platform.machine(), "torch": torch.__version__, "threads": 1}
-    result = {**sizes, **machine, "rows": rows}
-    if args.json:
-        args.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    print(json.dumps(result))
+    report(args, ("batch", "channels", "cells", "size", "rounds"), {"rows": rows})
     print(table(rows))
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from lightning_fabric import Fabric
+from torch import nn
 
 import nasfx
 
@@ -80,6 +81,48 @@ def start(args: argparse.Namespace) -> Fabric:
     fabric = Fabric(accelerator=name, devices=devices, precision=args.precision)
     fabric.launch()
     return fabric
+
+
+class Training:
+    """What the training of a fixed net goes on from, saved after every epoch."""
+
+    def __init__(
+        self, net: nn.Module, optimizer: torch.optim.Optimizer, fabric: Fabric, generator: Any,
+        **more: nn.Module,
+    ) -> None:  # fmt: skip
+        """All of it: `generator` is the loader's, `more` what else has a state."""
+        precision = fabric.strategy.precision
+        self.parts = {"net": net, "optimizer": optimizer, "precision": precision, **more}
+        self.generator = generator
+
+    def write(self, file: Path, records: Sequence[Mapping[str, float]]) -> None:
+        """Save it, with a record of each epoch."""
+        states = {name: part.state_dict() for name, part in self.parts.items()}
+        random = torch.get_rng_state(), self.generator.get_state()
+        new = file.with_suffix(".new")
+        torch.save({**states, "random": random, "records": list(records)}, new)
+        new.replace(file)
+
+    def load(self, file: Path, *, resume: bool) -> list[dict[str, float]]:
+        """The records so far; none, and nothing is loaded, where there is no file.
+
+        Raises:
+            SystemExit: there is one, and `resume` is not asked for.
+        """
+        if not file.is_file():
+            return []
+        if not resume:
+            raise SystemExit(
+                f"{file} is there, of a training that could go on: give --resume, or another "
+                "--output, or delete it"
+            )
+        held = torch.load(file, map_location="cpu", weights_only=True)
+        for name, part in self.parts.items():
+            part.load_state_dict(held[name])
+        torch.set_rng_state(held["random"][0])
+        self.generator.set_state(held["random"][1])
+        say(f"going on after {len(held['records'])} epochs")
+        return held["records"]
 
 
 def say(text: str) -> None:

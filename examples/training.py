@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import say, write_results
+from common import Training, say, write_results
 from images import Data, loader
 from lightning_fabric import Fabric
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -196,7 +196,7 @@ def retrain(
     train, test = loader(data.train, args, train=True), loader(data.test, args)
     wrapped: Any = fabric.setup_optimizers(optimizer)
     file = args.output / "retrain-checkpoint.pt"
-    saved = _Saved(net, optimizer, fabric, train.generator)
+    saved = Training(net, optimizer, fabric, train.generator)
     records: Records = saved.load(file, resume=args.resume)
     batches: Any = fabric.setup_dataloaders(train)
     for epoch in range(len(records), args.epochs):
@@ -228,40 +228,6 @@ def retrain(
     write_results(args.output / "retrain.json", args, {**results, **last, "records": records})
     say(f"written to {args.output}/")
     return records
-
-
-class _Saved:
-    """What a training goes on from."""
-
-    def __init__(
-        self, net: nn.Module, optimizer: torch.optim.Optimizer, fabric: Fabric, generator: Any
-    ) -> None:
-        self.parts = {"net": net, "optimizer": optimizer, "precision": fabric.strategy.precision}
-        self.generator = generator
-
-    def write(self, file: Path, records: Records) -> None:
-        states = {name: part.state_dict() for name, part in self.parts.items()}
-        random = torch.get_rng_state(), self.generator.get_state()
-        new = file.with_suffix(".new")
-        torch.save({**states, "random": random, "records": records}, new)
-        new.replace(file)
-
-    def load(self, file: Path, *, resume: bool) -> Records:
-        """The records so far; none, and nothing is loaded, where there is no file."""
-        if not file.is_file():
-            return []
-        if not resume:
-            raise SystemExit(
-                f"{file} is there, of a training that could go on: give --resume, or another "
-                "--output, or delete it"
-            )
-        held = torch.load(file, map_location="cpu", weights_only=True)
-        for name, part in self.parts.items():
-            part.load_state_dict(held[name])
-        torch.set_rng_state(held["random"][0])
-        self.generator.set_state(held["random"][1])
-        say(f"going on after {len(held['records'])} epochs")
-        return held["records"]
 
 
 @torch.no_grad()

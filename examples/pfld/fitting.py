@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from data import Faces, say
+from common import Training, say
+from data import Faces
 from lightning_fabric import Fabric
 from losses import PFLDLoss, nme
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -83,8 +84,12 @@ def fit(
     epochs: int,
     eyes: tuple[int, int],
     name: str,
+    checkpoint: Path | None = None,
+    resume: bool = False,
 ) -> list[dict[str, float]]:
     """Train a static net; a record an epoch: "epoch", "loss", "nme" (of `test`), "lr", "seconds".
+
+    With a `checkpoint` everything is saved there after every epoch, from which `resume` goes on.
 
     Nothing is picked by the error on the test faces: the weights are those after the last epoch.
     """
@@ -94,8 +99,9 @@ def fit(
     inner = optimizer_of(args, net.parameters(), criterion.parameters(), steps=steps)
     optimizer = fabric.setup_optimizers(inner)
     loader: Any = fabric.setup_dataloaders(train)
-    records: list[dict[str, float]] = []
-    for epoch in range(epochs):
+    saved = Training(net, inner, fabric, train.generator, criterion=criterion)
+    records = [] if checkpoint is None else saved.load(checkpoint, resume=resume)
+    for epoch in range(len(records), epochs):
         began, lr, total = time.perf_counter(), inner.param_groups[0]["lr"], 0.0
         net.train()
         criterion.train()
@@ -112,6 +118,8 @@ def fit(
         error, seconds = error_of(net, test, eyes, fabric), time.perf_counter() - began
         figures = {"loss": total / len(train), "nme": error, "lr": lr, "seconds": seconds}
         records.append({"epoch": epoch, **figures})
+        if checkpoint is not None:
+            saved.write(checkpoint, records)
         say(f"{name}: epoch {epoch + 1}/{epochs} loss {figures['loss']:.4f} NME {error:.4f}")
     return records
 

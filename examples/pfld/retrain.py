@@ -14,7 +14,7 @@ from pathlib import Path
 import data
 import fitting
 import torch
-from common import parser, say, start, write_results
+from common import add_resume, parser, say, start, write_results
 from losses import PFLDLoss, eyes_of
 
 import nasfx
@@ -23,6 +23,7 @@ import nasfx
 def arguments() -> argparse.ArgumentParser:
     """The flags."""
     made = parser(__doc__, output="pfld-output", epochs=20)
+    add_resume(made)
     made.add_argument("--supernet", type=Path, help="of train.py; None: the output folder's")
     made.add_argument(
         "--from-scratch", action="store_true", help="draw new weights instead of the supernet's"
@@ -64,6 +65,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     records = fitting.fit(
         subnet, criterion, data.loader(train, args, shuffle=True), data.loader(test, args),
         args, fabric, epochs=args.epochs, eyes=eyes, name=name,
+        checkpoint=args.output / f"{name}-checkpoint.pt", resume=args.resume,
     )  # fmt: skip
     out = args.output
     fitting.plot_training({name: records}, out / f"{name}.png")

@@ -11,7 +11,7 @@ from torch.utils import _pytree as pytree
 
 from nasfx.errors import SearchError
 from nasfx.ops.gates import Gate
-from nasfx.ops.mix import unlike_shapes
+from nasfx.ops.mix import _dot, unlike_shapes
 from nasfx.ops.select import (
     Deferred,
     InputSwitch,
@@ -54,6 +54,7 @@ class _GateGradient(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
         saved = ctx.saved_tensors
         inputs, outputs = list(saved[: ctx.n_inputs]), saved[ctx.n_inputs :]
+        grads = tuple(_laid_out_as(o, g) for o, g in zip(outputs, grads, strict=True))
         device, dtype, enabled = ctx.autocast
         b = torch.zeros(ctx.n_gates, dtype=ctx.dtype, device=grads[0].device)
         with torch.no_grad(), torch.autocast(device, dtype=dtype, enabled=enabled):
@@ -65,8 +66,19 @@ class _GateGradient(torch.autograd.Function):
                     shapes = [g.shape for g in grads[:1]] + [t.shape for t in tensors[:1]]
                     raise SearchError(unlike_shapes(ctx.label, shapes, k))
                 pairs = zip(tensors, grads, strict=True)
-                b[k] = sum((o.to(ctx.dtype) * g.to(ctx.dtype)).sum() for o, g in pairs)
+                b[k] = sum(_dot(o.to(ctx.dtype), g.to(ctx.dtype)) for o, g in pairs)
         return (b, None, None, None, None, *(None,) * ctx.n_inputs, *grads)
+
+
+def _laid_out_as(like: Tensor, x: Tensor) -> Tensor:
+    """`x` with its channels last in memory if those of `like` are.
+
+    The backward of a slice gives rows, in which all that comes before it would be slower.
+    """
+    last = torch.channels_last
+    if like.dim() == 4 and like.is_contiguous(memory_format=last) and not like.is_contiguous():
+        return x.contiguous(memory_format=last)
+    return x
 
 
 def with_gate_gradient(

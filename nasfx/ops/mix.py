@@ -98,12 +98,15 @@ class _WeightedSum(torch.autograd.Function):
         total = each[kept[0]] * outputs[0]
         for k, output in zip(kept[1:], outputs[1:], strict=True):
             total.addcmul_(each[k], output)
+        ctx.last = total.dim() == 4 and total.is_contiguous(memory_format=torch.channels_last)
         return total
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         """The gradients, made of differentiable operations: a second backward runs through them."""
         (grad,) = grads
+        if ctx.last:  # the backward of a slice gives rows, in which all before it would be slower
+            grad = grad.contiguous(memory_format=torch.channels_last)
         weights, *outputs = ctx.saved_tensors
         each = weights.unbind(0)
         of_weights = None

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 from torch.fx.proxy import Proxy
 from torch.utils import _pytree as pytree
 
@@ -19,11 +19,22 @@ from nasfx.ops.gates import Gate
 
 def refuse_proxies(module: nn.Module, *args: Any) -> None:
     """Raise TraceError where a foreign tracer calls `module`: its gradient would be lost."""
-    if any(isinstance(leaf, Proxy) for leaf in pytree.tree_leaves(args)):
+    if _holds_proxy(args):
         raise TraceError(
             f"{type(module).__name__} is one node of a lowered graph and must not be traced "
             "through: make it a leaf of your tracer, or finalize the net first"
         )
+
+
+def _holds_proxy(value: Any) -> bool:
+    # Every choice of every step asks, and of most calls the leaves are at hand.
+    if value is None or isinstance(value, Tensor | str | Deferred):
+        return False
+    if type(value) in (tuple, list, Gate):
+        return any(map(_holds_proxy, value))
+    if type(value) is dict:
+        return any(map(_holds_proxy, cast("dict[str, Any]", value).values()))
+    return any(isinstance(leaf, Proxy) for leaf in pytree.tree_leaves(value))
 
 
 class Deferred:

@@ -223,11 +223,12 @@ class Ranks:
         if not shared:
             scores = self._tensor(self.together(lambda: list(evaluate(archs))))
             return self._mean(scores).tolist()
-        own = archs[self.fabric.global_rank :: self.count]
-        scores = self.together(lambda: list(evaluate(own)) if own else [])
         most = -(-len(archs) // self.count)
+        first = most * self.fabric.global_rank
+        own = archs[first : first + most]
+        scores = self.together(lambda: list(evaluate(own)) if own else [])
         found = self._gathered(self._tensor([*scores, *[0.0] * (most - len(scores))]))
-        return [float(found[i % self.count, i // self.count]) for i in range(len(archs))]
+        return found.flatten()[: len(archs)].tolist()
 
     def gather(self, value: Any) -> list[Any]:
         """A value of every rank, in order."""

@@ -238,19 +238,19 @@ class _Run:
     ) -> float:
         net, ranks = self.net, self.ranks
 
-        def forward() -> tuple[Tensor, float, float]:
+        def forward() -> tuple[Tensor, float, Any]:
             outputs = self._outputs(inputs)
             value = self.loss(outputs, target)
             number = self._checked(value, inputs, "the validation loss")
-            reward = -number
+            reward = None
             if net.strategy.rewarded and self.metric is not None:
-                reward = float(self.metric(outputs, target))
+                reward = self.metric(outputs, target)
             return value, number, reward
 
         with net.arch_step(**self._unrolled(following)):
             value, number, reward = ranks.together(forward, lambda _: str(net._arch.state.drawn))
-            if net.strategy.rewarded:
-                reward = ranks.mean(reward)
+            if net.strategy.rewarded and ranks.count > 1:
+                reward = ranks.mean(-number if reward is None else float(reward))
             self.fabric.backward(net.objective(value, reward))
         # With scaled losses (16-mixed) an overflow is normal: the scaler skips the step.
         scaled = getattr(self.fabric.strategy.precision, "scaler", None) is not None
@@ -476,7 +476,11 @@ class _Scores:
         """Evaluate architectures in groups, divided among the ranks."""
         run, metrics = self.run, self.run.state.evaluated
         left = [arch for arch in dict.fromkeys(archs) if arch not in metrics]
-        for group in self.judge.groups(left, _GROUP * run.ranks.count):
+        n = run.ranks.count
+        groups = self.judge.groups(left, _GROUP * n)
+        if len(groups) == len(left):  # each is evaluated alone: one on every rank
+            groups = [left[i : i + n] for i in range(0, len(left), n)]
+        for group in groups:
             with run.saving.evaluating():
                 found = run.ranks.divided(
                     group,

@@ -286,6 +286,44 @@ def test_search_finetune_and_export(
     assert plots <= {path.name for path in tmp_path.iterdir()}
 
 
+def test_a_finetuning_that_was_stopped_goes_on_bit_for_bit(
+    pfld: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    args = pfld.retrain.arguments().parse_args(["--smoke", "--output", str(tmp_path)])
+    pfld.data.shrink(args)
+    fabric = pfld.retrain.start(args)
+    faces, test = pfld.data.load(args)
+    loaders = lambda: (pfld.data.loader(faces, args, shuffle=True), pfld.data.loader(test, args))  # noqa: E731
+    error_of = pfld.fitting.error_of
+
+    def fitted(file: Path, *, fails: int | None = None, resume: bool = False) -> Any:
+        calls = iter(range(9))
+
+        def error(*given: Any) -> float:
+            if next(calls) == fails:
+                raise KeyboardInterrupt
+            return error_of(*given)
+
+        monkeypatch.setattr(pfld.fitting, "error_of", error)
+        torch.manual_seed(0)
+        net, criterion = pfld.fitting.backbone(faces.points, faces.size), pfld.losses.PFLDLoss()
+        records = pfld.fitting.fit(
+            net, criterion, *loaders(), args, fabric, epochs=3, eyes=(0, 1), name="net",
+            checkpoint=file, resume=resume,
+        )  # fmt: skip
+        kept = [{k: v for k, v in record.items() if k != "seconds"} for record in records]
+        return kept, {**net.state_dict(), **criterion.state_dict()}
+
+    records, state = fitted(tmp_path / "whole.pt")
+    with pytest.raises(KeyboardInterrupt):
+        fitted(tmp_path / "parts.pt", fails=1)
+    with pytest.raises(SystemExit, match="give --resume"):
+        fitted(tmp_path / "parts.pt")
+    again, resumed = fitted(tmp_path / "parts.pt", resume=True)
+    assert again == records
+    assert all(torch.equal(value, resumed[name]) for name, value in state.items())
+
+
 def test_finetuning_starts_from_the_weights_of_the_supernet(
     pfld: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

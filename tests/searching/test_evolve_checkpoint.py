@@ -152,7 +152,8 @@ def test_a_signal_lets_the_evaluation_finish_and_saves(
     assert newest(tmp_path / "stopped")["run"]["ready"]
     net, result, called = evolution(tmp_path / "stopped", start=1, **options)
     assert same(result, whole)
-    assert 0 < called < count
+    assert called < count
+    assert called > 0 or every is None  # the few of a small space are evaluated, and saved, at once
     assert net.space.size
 
 
