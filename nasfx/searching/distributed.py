@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
@@ -12,9 +14,12 @@ from lightning_fabric.strategies.ddp import DDPStrategy
 from lightning_fabric.strategies.single_device import SingleDeviceStrategy
 from torch import Tensor, nn
 from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
+from torch.nn.modules.batchnorm import _NormBase
+from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
 
 from nasfx.architecture import Architecture
 from nasfx.errors import SearchError
+from nasfx.ops.norms import mix_norms, shared_norms
 from nasfx.supernet import Supernet
 
 T = TypeVar("T")
@@ -61,11 +66,13 @@ class Ranks:
         generator.set_state(self.fabric.broadcast(generator.get_state()))
 
     def synchronise_buffers(self, net: Supernet) -> None:
-        """Average running statistics, and take what is counted from the first rank."""
+        """Average running statistics, and take all other buffers from the first rank."""
         if self.count == 1:
             return
+        norms = [m for m in net.modules() if isinstance(m, _NormBase)]
+        averaged = {id(b) for m in norms for b in (m.running_mean, m.running_var)}
         for buffer in net.buffers():
-            if buffer.is_floating_point():
+            if id(buffer) in averaged:
                 buffer.copy_(self._mean(buffer))
             else:
                 torch.distributed.broadcast(buffer, 0)
@@ -79,7 +86,7 @@ class Ranks:
         if self.count == 1:
             return
         sums = [p.detach().double().sum() for p in net.parameters()]
-        own = torch.stack(sums) if sums else torch.zeros(1)
+        own = torch.stack(sums) if sums else torch.zeros(1, dtype=torch.float64)
         found = self._gathered(own)
         if not all(torch.equal(found[0].nan_to_num(), other.nan_to_num()) for other in found):
             differs = (found != found[0]).any(0).nonzero().flatten().tolist()
@@ -246,20 +253,65 @@ class Ranks:
         return torch.tensor(values, dtype=torch.float64, device=self.fabric.device)
 
     def _gathered(self, tensor: Tensor) -> Tensor:
-        """(ranks, ...)."""
-        found: Any = self.fabric.all_gather(tensor.to(self.fabric.device))
-        return found.reshape(self.count, *tensor.shape)
+        """(ranks, ...): a sum of rows of which all but one's own are zeros."""
+        rows = tensor.new_zeros((self.count, *tensor.shape), device=self.fabric.device)
+        rows[self.fabric.global_rank] = tensor
+        return self.fabric.all_reduce(rows, reduce_op="sum")  # type: ignore[return-value]
 
 
-def synchronise_batch_norms(net: nn.Module, fabric: Fabric) -> nn.Module:
-    """Let batch norms normalise by the batches of all ranks, in place of each rank's own.
+def is_whole(data: Any) -> bool:
+    """Whether all ranks are given the same data, to which Fabric alone gives each a share."""
+    return (
+        isinstance(data, DataLoader)
+        and not isinstance(data.dataset, IterableDataset)
+        and not isinstance(data.sampler, DistributedSampler)
+    )
+
+
+def refuse_unlaunched() -> None:
+    """Refuse a search by itself in one of several processes.
 
     Raises:
-        SearchError: the net is on a CPU.
+        SearchError: torchrun, or the like, has started several.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise SearchError(
+            f"this is one of {os.environ['WORLD_SIZE']} processes (WORLD_SIZE), and search was "
+            "given no Fabric: each would search by itself. Hand over a launched one, "
+            "Fabric(devices=..., strategy='ddp')"
+        )
+
+
+def check_synchronised(net: Supernet, fabric: Fabric) -> None:
+    """Check that batch norms can be `synchronised`.
+
+    Raises:
+        SearchError: the net is on a CPU, or runs its batch norms as functions.
     """
     if fabric.device.type != "cuda":
         raise SearchError(
             f"sync_batch_norm=True on {fabric.device.type}: torch.nn.SyncBatchNorm runs on GPUs "
             "alone; leave it out, and each process normalises by its own share of the batch"
         )
-    return nn.SyncBatchNorm.convert_sync_batchnorm(net)
+    functions = mix_norms, shared_norms
+    if any(node.target in functions for node in net.graph_module.graph.nodes):
+        raise SearchError(
+            "sync_batch_norm=True, and optimisation passes made functions of the batch norms: "
+            "give nasfx.transform(..., optimize='off')"
+        )
+
+
+@contextmanager
+def synchronised(net: nn.Module) -> Generator[None, None, None]:
+    """Within the block batch norms normalise by the batches of all ranks."""
+    kinds = nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d
+    norms = [(m, type(m)) for m in net.modules() if type(m) in kinds]
+    try:
+        for norm, _ in norms:
+            norm.__class__ = nn.SyncBatchNorm
+            norm.process_group = None
+        yield
+    finally:
+        for norm, kind in norms:
+            norm.__class__ = kind
+            del norm.process_group

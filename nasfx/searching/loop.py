@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,13 @@ from torch.utils.data import DataLoader
 from nasfx.architecture import Architecture
 from nasfx.errors import SearchError
 from nasfx.searching.data_order import Randomness, Reader
-from nasfx.searching.distributed import Ranks, synchronise_batch_norms
+from nasfx.searching.distributed import (
+    Ranks,
+    check_synchronised,
+    is_whole,
+    refuse_unlaunched,
+    synchronised,
+)
 from nasfx.searching.evaluation import (
     Batch,
     Metric,
@@ -131,20 +137,21 @@ def search(
             f"warmup={warmup!r} must leave some of the {epochs} epochs for the search"
         )
     if fabric is None:
+        refuse_unlaunched()
         fabric = Fabric(accelerator="cpu", devices=1)
         fabric.launch()
     if accumulate < 1:
         raise SearchError(f"accumulate={accumulate} must be at least 1")
     ranks = Ranks(fabric)
     if sync_batch_norm:
-        synchronise_batch_norms(net, fabric)
+        check_synchronised(net, fabric)
     if seed is not None:
         net.seed(seed)
     console = (console or Console(stderr=True)) if ranks.first else Console(quiet=True)
     saving = Saving(checkpoint_dir, resume, checkpoint_every, keep, console, ranks)
     run = _Run(
         net, train, valid, loss, metric, epochs, warm, clip_norm, accumulate, optimizers, ranks,
-        saving,
+        saving, sync_batch_norm,
     )  # fmt: skip
     saving.open(run.resumable(seed))
     return run.run(console)
@@ -154,13 +161,13 @@ class _Run:
     def __init__(
         self, net: Supernet, train: Any, valid: Any, loss: Loss, metric: Metric | None, epochs: int,
         warm: int, clip_norm: float | None, accumulate: int, optimizers: Any, ranks: Ranks,
-        saving: Saving,
+        saving: Saving, sync: bool,
     ) -> None:  # fmt: skip
         self.net, self.loss, self.metric = net, loss, metric
         fabric = ranks.fabric
         self.fabric, self.ranks, self.saving = fabric, ranks, saving
         self.epochs, self.warm, self.clip_norm = epochs, warm, clip_norm
-        self.accumulate = accumulate
+        self.accumulate, self.sync = accumulate, sync
         fabric.to_device(net)
         ranks.begin(net)
         self.whole = train, valid  # not divided among the ranks
@@ -217,16 +224,16 @@ class _Run:
     def _checked(self, value: Any, inputs: tuple[Any, ...], what: str) -> float:
         return checked(self.net, value, inputs, what, self.position)
 
-    def _arch_step(self, valid: Iterator[Batch], following: Batch | None) -> float:
+    def _arch_step(self, valid: Iterator[Batch], following: Sequence[Batch]) -> float:
         """An optimizer step of the architecture, over as many draws as the strategy wants.
 
-        `following` is the batch of the next weight step, where there is one.
+        `following` are the batches of the next weight step, where there is one.
         """
         losses: list[float] = []
         batch: Batch | None = None
         for _ in range(self.schedule.draws):
             if batch is None or not self.schedule.same_batch:
-                batch = next(valid)
+                batch = self.ranks.together(lambda: next(valid))
             losses.append(self._arch_gradient(*batch, following))
         self.ranks.average_gradients(self.net.arch_parameters())
         self.arch.step()
@@ -234,9 +241,13 @@ class _Run:
         return sum(losses) / len(losses)
 
     def _arch_gradient(
-        self, inputs: tuple[Any, ...], target: Any, following: Batch | None
+        self, inputs: tuple[Any, ...], target: Any, following: Sequence[Batch]
     ) -> float:
         net, ranks = self.net, self.ranks
+
+        def gradient() -> None:
+            self.fabric.backward(net.objective(value, reward))
+            self._check_arch_gradient(inputs)
 
         def forward() -> tuple[Tensor, float, Any]:
             outputs = self._outputs(inputs)
@@ -251,7 +262,10 @@ class _Run:
             value, number, reward = ranks.together(forward, lambda _: str(net._arch.state.drawn))
             if net.strategy.rewarded and ranks.count > 1:
                 reward = ranks.mean(-number if reward is None else float(reward))
-            self.fabric.backward(net.objective(value, reward))
+            ranks.together(gradient)
+        return number
+
+    def _check_arch_gradient(self, inputs: tuple[Any, ...]) -> None:
         # With scaled losses (16-mixed) an overflow is normal: the scaler skips the step.
         scaled = getattr(self.fabric.strategy.precision, "scaler", None) is not None
         for p in () if scaled else self.net.arch_parameters():
@@ -261,15 +275,19 @@ class _Run:
                     inputs,
                     f"the architecture's gradient became not finite {self.position}",
                 )
-        return number
 
-    def _unrolled(self, following: Batch | None) -> dict[str, Any]:
+    def _unrolled(self, following: Sequence[Batch]) -> dict[str, Any]:
         """What a second-order arch step is given."""
         if not self.net.strategy.second_order:
             return {}
-        assert following is not None
-        inputs, target = following
-        inner = lambda: self.loss(self._outputs(inputs), target)  # noqa: E731
+
+        def loss() -> Tensor:
+            losses = [self.loss(self._outputs(inputs), target) for inputs, target in following]
+            return losses[0] if len(losses) == 1 else torch.stack(losses).mean()
+
+        def inner() -> Tensor:
+            return self.ranks.together(loss)
+
         average = None if self.ranks.count == 1 else self.ranks.average
         return {
             "inner": inner, "weight_optimizer": self.weights.optimizer, "average": average
@@ -343,8 +361,9 @@ class _Run:
             return self.state.result()
         with kept_modes(self.net), progress_bar(console) as progress, self.saving.watching():
             self._show(progress)
-            while self.state.epoch < self.epochs:
-                self._epoch()
+            with synchronised(self.net) if self.sync else nullcontext():
+                while self.state.epoch < self.epochs:
+                    self._epoch()
             self._conclude()
         return self.state.result()
 
@@ -380,7 +399,7 @@ class _Run:
         while together := list(islice(taken, n)):
             self.position = f"in epoch {state.epoch}, batch {state.step * n}"
             if every and state.step % every == 0:
-                state.arch_losses.append(self._arch_step(self.endless, together[0]))
+                state.arch_losses.append(self._arch_step(self.endless, together))
             state.train_losses.append(self._weight_step(together))
             figures = f"epoch {state.epoch} loss {state.train_losses[-1]:.4f}"
             if state.records:  # of the epoch before; every batch would be too often
@@ -405,7 +424,7 @@ class _Run:
                 if not left:
                     break
                 source = cycle(left)
-            state.arch_losses.append(self._arch_step(source, None))
+            state.arch_losses.append(self._arch_step(source, ()))
             self._stepped()
         reader.close()
 
@@ -476,7 +495,8 @@ class _Scores:
         """Evaluate architectures in groups, divided among the ranks."""
         run, metrics = self.run, self.run.state.evaluated
         left = [arch for arch in dict.fromkeys(archs) if arch not in metrics]
-        n = run.ranks.count
+        n, train = run.ranks.count, run.whole[:1]
+        data = (run.whole[1], *(train if run.schedule.recalibrate else ()))
         groups = self.judge.groups(left, _GROUP * n)
         if len(groups) == len(left):  # each is evaluated alone: one on every rank
             groups = [left[i : i + n] for i in range(0, len(left), n)]
@@ -485,7 +505,7 @@ class _Scores:
                 found = run.ranks.divided(
                     group,
                     lambda own: self.judge.evaluate_all(own, run.position),
-                    shared=isinstance(run.whole[1], DataLoader),
+                    shared=all(map(is_whole, data)),
                 )
             metrics.update(zip(group, found, strict=True))
             run.state.steps += len(group)

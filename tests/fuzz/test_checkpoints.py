@@ -24,7 +24,7 @@ def _content() -> dict[str, Any]:
         "format": FORMAT,
         "versions": {"nasfx": "0.1.0"},
         "net": {"values": {"a": weight, "tied": weight, "half": weight[0].half(), "n": (1, None)}},
-        "random": {"torch": torch.zeros(9, dtype=torch.uint8), "type": torch.float64},
+        "ranks": [{"torch": torch.zeros(9, dtype=torch.uint8), "type": torch.float64}],
     }
 
 

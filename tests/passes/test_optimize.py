@@ -2,6 +2,7 @@
 
 import copy
 import io
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -13,9 +14,9 @@ from torch import Tensor, fx, nn
 import nasfx
 from nasfx import Supernet
 from nasfx.errors import PassError, SearchError
-from nasfx.spaces import darts, nasbench201
+from nasfx.spaces import darts, nasbench201, proxyless, shufflenet
 from nasfx.spaces.blocks import dilated_conv, separable_conv
-from nasfx.transforming import WEIGHTED_SUM
+from nasfx.transforming import SAMPLED_PATH, WEIGHTED_SUM
 from tests.models import CHANNELS, Block, DartsNet, Zero
 from tests.passes.proof import assert_near, assert_same, cells, pool_bn, run, transformed
 
@@ -100,6 +101,28 @@ def test_the_darts_space(strategy: Any) -> None:
 @pytest.mark.parametrize("strategy", ["darts", "fbnet"])
 def test_nas_bench_201(strategy: str) -> None:
     assert_same(nasbench201.net(channels=4, cells=1).double(), EVERY, images(), strategy)
+
+
+def spos() -> nn.Module:
+    model = shufflenet.spos(classes=5).double()
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0  # two nets would draw different numbers
+    return model
+
+
+def narrow_proxyless() -> nn.Module:
+    return proxyless.mobile(stem=8, widths=(4, 4, 8, 8, 8, 12, 12), head=16, classes=5).double()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["darts", "single-path"])
+@pytest.mark.parametrize("make", [spos, narrow_proxyless])
+def test_the_spaces_of_mobile_nets(make: Callable[[], nn.Module], strategy: str) -> None:
+    torch.manual_seed(0)
+    passes = EVERY if strategy == "darts" else SAMPLED_PATH
+    x = torch.randn(8, 3, 64, 64, dtype=torch.float64)  # batch norms of two are ill-conditioned
+    assert_same(make(), passes, x, strategy)
 
 
 IMAGES = images(CHANNELS, 6)

@@ -165,7 +165,8 @@ def _wrong(fabric: Fabric, name: str, share: slice, options: Any, folder: Path) 
                     yield train[0]
                     raise OSError("the disk is gone")
 
-            return searched(fabric, name, False, share, data={"train": Broken(train)})
+            where = options.get("where", "train")
+            return searched(fabric, name, False, share, data={where: Broken(train)})
     if options["how"] == "other weights":
         net = nasfx.transform(Net(norm=False).double(), STRATEGIES[name])
         ranks = Ranks(fabric)

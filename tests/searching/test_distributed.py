@@ -17,6 +17,7 @@ from torch import nn
 
 import nasfx
 from nasfx.errors import SearchError
+from nasfx.searching.distributed import Ranks, synchronised
 from tests.searching import ranks as worker
 
 Found = list[dict[str, Any]]
@@ -41,7 +42,7 @@ def run(tasks: dict[str, Any], folder: Path) -> Found:
         for i in range(2)
     ]  # fmt: skip
     try:
-        told = [process.communicate(timeout=240)[0] for process in processes]
+        told = [process.communicate(timeout=600)[0] for process in processes]
     finally:
         for process in processes:
             process.kill()
@@ -117,14 +118,17 @@ def test_one_search_on_two_ranks(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_what_goes_wrong_on_one_rank_ends_all(tmp_path: Path) -> None:
     hows = ["nan", "short", "raises", "other paths"]
-    one, two = run({how: ("wrong", "single-path", {"how": how}) for how in hows}, tmp_path)
+    tasks: dict[str, Any] = {how: ("wrong", "single-path", {"how": how}) for how in hows}
+    tasks["valid"] = "wrong", "darts", {"how": "raises", "where": "valid"}
+    one, two = run(tasks, tmp_path)
     assert "rank 1 failed" in one["nan"]
     assert "the training loss" in two["nan"]
     for found in (one, two):
         assert "has 4 batches on some ranks and more on others" in found["short"]
         assert "the ranks have drawn different paths" in found["other paths"]
-    assert "rank 1 failed" in one["raises"]
-    assert "the disk is gone" in two["raises"]
+    for key in ("raises", "valid"):
+        assert "rank 1 failed" in one[key]
+        assert "the disk is gone" in two[key]
 
 
 @pytest.mark.slow
@@ -167,5 +171,47 @@ def test_what_cannot_be_is_refused() -> None:
         worker.searched(one(), "darts", norm=True, sync_batch_norm=True)
     with pytest.raises(SearchError, match="accumulate=0 must be at least 1"):
         worker.searched(one(), "darts", norm=True, accumulate=0)
-    net = nasfx.transform(worker.Net(norm=False).double(), "darts")
-    assert not any(isinstance(m, nn.SyncBatchNorm) for m in net.modules())
+
+
+def test_a_search_by_itself_in_one_of_many_processes_is_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    net = nasfx.transform(worker.Net(norm=True).double(), "darts")
+    data = worker.batches(slice(None), 0)
+    with pytest.raises(SearchError, match=r"one of 4 processes .* given no Fabric"):
+        nasfx.search(net, data, data, loss=nn.functional.cross_entropy, epochs=1)
+
+
+def test_batch_norms_are_synchronised_within_a_block_alone() -> None:
+    net = worker.Net(norm=True)
+    net.norm.running_mean.fill_(2)  # type: ignore[union-attr, operator]
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    with synchronised(net):
+        assert type(net.norm) is nn.SyncBatchNorm
+    assert type(net.norm) is nn.BatchNorm2d
+    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
+    net.eval()(torch.zeros(1, 2, 5, 5))
+
+
+def test_only_running_statistics_are_averaged() -> None:
+    class Two(Ranks):
+        """As if another rank had zeros."""
+
+        def __init__(self) -> None:
+            super().__init__(one())
+            self.count = 2
+
+        def _mean(self, tensor: torch.Tensor) -> torch.Tensor:
+            return tensor / 2
+
+    sent: list[torch.Tensor] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.distributed, "broadcast", lambda tensor, rank: sent.append(tensor))
+        net = nasfx.transform(worker.Net(norm=True), "darts")
+        net.register_buffer("mask", torch.full((2,), torch.finfo(torch.float32).min))
+        mean = net.get_buffer("norm.running_mean").fill_(3.0)
+        Two().synchronise_buffers(net)
+    assert mean.tolist() == [1.5] * 4
+    assert any(tensor is net.get_buffer("mask") for tensor in sent)
+    assert not any(tensor is mean for tensor in sent)
