@@ -309,9 +309,9 @@ def synchronised(net: nn.Module) -> Generator[None, None, None]:
     try:
         for norm, _ in norms:
             norm.__class__ = nn.SyncBatchNorm
-            norm.process_group = None
+            vars(norm)["process_group"] = None
         yield
     finally:
         for norm, kind in norms:
             norm.__class__ = kind
-            del norm.process_group
+            del vars(norm)["process_group"]
