@@ -107,6 +107,7 @@ class _Worker:
             theirs.close()
             return
         self.connection.close()
+        faulthandler.disable()  # crashes are expected
         os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
         try:
             while True:

@@ -95,12 +95,15 @@ def test_all_together_on_random_supernets(model: nn.Module) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["darts", nasfx.Darts(inputs="softmax"), "fbnet"])
 def test_the_darts_space(strategy: Any) -> None:
-    assert_same(darts.cifar(channels=4, cells=3).double(), EVERY, images(), strategy)
+    torch.manual_seed(0)
+    x = images(size=16)  # maps of 2 pixels make batch norms ill-conditioned
+    assert_same(darts.cifar(channels=4, cells=3).double(), EVERY, x, strategy)
 
 
 @pytest.mark.parametrize("strategy", ["darts", "fbnet"])
 def test_nas_bench_201(strategy: str) -> None:
-    assert_same(nasbench201.net(channels=4, cells=1).double(), EVERY, images(), strategy)
+    torch.manual_seed(0)
+    assert_same(nasbench201.net(channels=4, cells=1).double(), EVERY, images(size=16), strategy)
 
 
 def spos() -> nn.Module:
