@@ -45,12 +45,18 @@ format: $(VENV)/.dev  ## apply formatting and the linter's safe fixes
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-bench: $(VENV)/.dev  ## the benchmarks, as JSON
-	$(BIN)/python benchmarks/transform.py
-	$(BIN)/python benchmarks/latency.py
-	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/supernet.py
-	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/sampled.py
-	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/strategies.py --rounds 3
+# NNI=PYTHON adds NNI 3.0, installed in an environment of its own: see benchmarks/README.md.
+bench: $(VENV)/.dev  ## the benchmarks, for hours: tables, and JSON in bench-output/
+	$(BIN)/python benchmarks/transform.py --output bench-output
+	$(BIN)/python benchmarks/supernet.py --output bench-output
+	$(BIN)/python benchmarks/supernet.py --threads 2 --rounds 2 --memory 0 --output bench-output
+	$(BIN)/python benchmarks/sampled.py --output bench-output
+	$(BIN)/python benchmarks/strategies.py --memory 2 --output bench-output $(if $(NNI),--nni $(NNI))
+	$(BIN)/python benchmarks/strategies.py --threads 2 --rounds 2 --output bench-output \
+		--strategies single-path enas proxyless-two darts $(if $(NNI),--nni $(NNI))
+	$(BIN)/python benchmarks/evolution.py --output bench-output
+	$(BIN)/python benchmarks/precision.py --output bench-output
+	$(BIN)/python benchmarks/latency.py --output bench-output
 
 clean:  ## remove the virtual environment and what the examples wrote
 	rm -rf $(VENV) *-output

@@ -1,26 +1,32 @@
 """What a generation of an evolution costs at once, against its architectures one by one.
 
-    python benchmarks/evolution.py [--batch 64] [--size 64] [--rounds 3] [--json FILE]
+    python benchmarks/evolution.py [--batch 64] [--size 64] [--rounds 3]
 
 On the ShuffleNet space of SPOS with random weights: recalibration of the batch norms and
-evaluation of the architectures of a generation, CPU time of one thread. Collapsing the
-subnets counts for both. The generations are those of an evolution with a synthetic fitness, a sum
-of a random value for every candidate. For every generation the median of the ratios over the
-rounds, in which both take turns; the scores of both must be the same bits.
+evaluation of the architectures of a generation. Collapsing the subnets counts for both. The
+generations are those of an evolution with a synthetic fitness, a sum of a random value for every
+candidate. Both take turns; the scores of both must be the same bits.
 """
 
 from __future__ import annotations
 
 import argparse
-import statistics
-import sys
-import time
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
-from common import report
+from common import (
+    Milliseconds,
+    Row,
+    Times,
+    add_options,
+    by_clock,
+    ratio,
+    report,
+    set_up,
+    spread,
+    timed,
+)
 
 import nasfx
 from nasfx.searching.recalibration import Judge, Recalibration
@@ -48,14 +54,13 @@ def generations(
     return {n: scored[n * size : (n + 1) * size] for n in numbers}
 
 
-def timed(evaluate: Callable[[], list[float]]) -> tuple[float, list[float]]:
-    """CPU seconds, and the scores."""
-    start = time.process_time()
-    scores = evaluate()
-    return time.process_time() - start, scores
+def scored(evaluate: Callable[[], list[float]]) -> tuple[Milliseconds, list[float]]:
+    """The time of an evaluation, and its scores."""
+    scores: list[float] = []
+    return timed(lambda: scores.extend(evaluate())), scores
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=str(__doc__).split("\n")[0])
     parser.add_argument("--population", type=int, default=50)
     parser.add_argument("--generations", type=int, nargs="+", default=[0, 3, 7])
@@ -63,11 +68,10 @@ def main() -> None:
     parser.add_argument("--valid", type=int, default=1, help="batches")
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--size", type=int, default=64)
-    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--json", type=Path, help="write the result there")
-    args = parser.parse_args()
-    torch.set_num_threads(1)
+    add_options(parser, rounds=3)
+    args = parser.parse_args(argv)
+    set_up(args)
     torch.manual_seed(args.seed)
     net = nasfx.transform(shufflenet.spos(), "single-path")
     data = [
@@ -81,26 +85,29 @@ def main() -> None:
 
     judge = Judge(net, valid, metric, Recalibration(train, args.recalibrate), args.seed)
     chosen = generations(net.space, args.population, args.generations, args.seed)
-    ratios: dict[int, list[float]] = {n: [] for n in chosen}
-    seconds: dict[int, list[float]] = {n: [] for n in chosen}
+    times: dict[int, Times] = {n: {"alone": [], "at_once": []} for n in chosen}
     judge.evaluate_all(chosen[args.generations[0]][:2], "first")
     for _ in range(args.rounds):
         for n, archs in chosen.items():
-            alone, one = timed(lambda archs=archs: [judge.evaluate(a, "alone") for a in archs])
-            at_once, all_ = timed(lambda archs=archs: judge.evaluate_all(archs, "at once"))
+            alone, one = scored(lambda archs=archs: [judge.evaluate(a, "alone") for a in archs])
+            at_once, all_ = scored(lambda archs=archs: judge.evaluate_all(archs, "at once"))
             if one != all_:
                 raise SystemExit(f"generation {n}: the scores differ")
-            ratios[n].append(alone / at_once)
-            seconds[n].append(at_once)
-            print(f"generation {n}: {alone / at_once:.2f}", file=sys.stderr)
-    result = {
-        "ratio": {n: statistics.median(r) for n, r in ratios.items()},
-        "spread": {n: [min(r), max(r)] for n, r in ratios.items()},
-        "seconds_at_once": {n: statistics.median(s) for n, s in seconds.items()},
-        "evaluated": sum(map(len, chosen.values())),
-    }
-    names = ("population", "recalibrate", "valid", "batch", "size", "rounds", "seed")
-    report(args, names, result)
+            times[n]["alone"].append(alone)
+            times[n]["at_once"].append(at_once)
+    rows: list[Row] = [
+        {
+            "generation": n,
+            "architectures": len(chosen[n]),
+            "clock": clock,
+            "alone": spread(taken["alone"]),
+            "at_once": spread(taken["at_once"]),
+            "alone_to_at_once": ratio(taken["alone"], taken["at_once"]),
+        }
+        for n in chosen
+        for clock, taken in by_clock(times[n], args.threads).items()
+    ]
+    report(__file__, args, rows, {"a generation, ms": tuple(rows[0])})
 
 
 if __name__ == "__main__":

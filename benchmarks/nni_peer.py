@@ -1,12 +1,13 @@
 """NNI 3.0's one-shot strategies, step by step, for `benchmarks/strategies.py --nni`.
 
-    python nni_peer.py SPACE STRATEGY
+    python nni_peer.py SPACE STRATEGY BATCH SIZE THREADS
 
 Runs under the Python that NNI is installed for, and knows nothing of nasfx. NNI's own strategy and
 Lightning's own trainer train NNI's own form of the space. Each line on stdin is a step: a JSON list
-of architectures in nasfx' form, one for each path that the step runs. For each, the CPU seconds of
-the step, from when its batch is there to when it is done, go to stdout. The line "update" runs an
-update of ENAS' controller over the paths since the last one, and is answered with its seconds.
+of architectures in nasfx' form, one for each path that the step runs. For each, the milliseconds of
+the step, from when its batch is there to when it is done, go to stdout: CPU time and time on the
+wall. The line "update" runs an update of ENAS' controller over the paths since the last one, and is
+answered in the same way.
 
 NNI draws its paths as it does, which costs time, too. Then the paths of the line are set in their
 stead, so that both sides run the same subnets. Logging of probabilities is switched off.
@@ -40,14 +41,14 @@ LEARNING_RATE = 0.025
 NEVER = 10**9
 Path = dict[str, Any]
 
-# Model, batch, image size, classes.
-SPACES: dict[str, tuple[Callable[[], Any], int, int, int]] = {
-    "nasbench201": (NasBench201, 32, 32, 10),
+# Model, classes.
+SPACES: dict[str, tuple[Callable[[], Any], int]] = {
+    "nasbench201": (NasBench201, 10),
     "proxyless": (
-        lambda: ProxylessNAS(base_widths=(32, 16, 24, 40, 80, 96, 192, 320, 1280)), 16, 64, 1000,
+        lambda: ProxylessNAS(base_widths=(32, 16, 24, 40, 80, 96, 192, 320, 1280)), 1000,
     ),
-    "shufflenet": (ShuffleNetSpace, 32, 64, 1000),
-    "darts": (lambda: DARTS(width=16, num_cells=8, dataset="cifar"), 32, 32, 10),
+    "shufflenet": (ShuffleNetSpace, 1000),
+    "darts": (lambda: DARTS(width=16, num_cells=8, dataset="cifar"), 10),
 }  # fmt: skip
 
 STRATEGIES: dict[str, Callable[[], Any]] = {
@@ -145,9 +146,9 @@ class Clock(pl.Callback):
         for line in sys.stdin:
             if line.strip() != "update":
                 self.paths = [translated(self.space, arch) for arch in json.loads(line)]
-                self.start = time.process_time()
+                self.start()
                 return
-            self.start = time.process_time()
+            self.start()
             self.module.policy.train()
             options, buffer = self.module.update_kwargs, self.module._replay_buffer
             for _ in range(options.get("update_times", 1)):
@@ -159,8 +160,13 @@ class Clock(pl.Callback):
     def on_train_batch_end(self, *_: Any) -> None:
         self.answer()
 
+    def start(self) -> None:
+        self.started = time.process_time(), time.perf_counter()
+
     def answer(self) -> None:
-        print(time.process_time() - self.start, file=self.out, flush=True)
+        ended = time.process_time(), time.perf_counter()
+        taken = [1e3 * (b - a) for a, b in zip(self.started, ended, strict=True)]
+        print(*taken, file=self.out, flush=True)
 
 
 def set_path(module: Any, path: Path) -> None:
@@ -174,12 +180,13 @@ def set_path(module: Any, path: Path) -> None:
 
 
 def main() -> None:
-    space, strategy = sys.argv[1:]
+    space, strategy, *numbers = sys.argv[1:]
+    n, size, threads = map(int, numbers)
     out = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # whatever else is printed goes to stderr
-    torch.set_num_threads(1)
+    torch.set_num_threads(threads)
     torch.manual_seed(0)
-    build, n, size, classes = SPACES[space]
+    build, classes = SPACES[space]
     batch = torch.randn(n, 3, size, size), torch.randint(classes, (n,))
     searcher = STRATEGIES[strategy]()
     searcher.train_dataloader = lambda *_: Batches(strategy, batch)

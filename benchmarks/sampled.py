@@ -4,54 +4,79 @@
 
 A weight step (forward, backward, plain SGD) against the same step of the finalized subnet of that
 path, which shares the weights, in the layout in which that is faster. Both run a path once before
-they are timed on it. CPU time of one thread; of each path the ratio of medians over some turns, and
-of these the median over random paths.
+they are timed on it. A round is a random path, and its times are medians over some turns; the first
+path warms up.
 """
 
 from __future__ import annotations
 
 import argparse
 import statistics
-from pathlib import Path
+from collections.abc import Sequence
 
-import torch
-from common import SPACES, cpu_seconds, generate_code, report, searching, subnet_seconds
+from common import (
+    SPACES,
+    Milliseconds,
+    Times,
+    add_options,
+    by_clock,
+    generate_code,
+    ratio,
+    report,
+    searching,
+    set_up,
+    space_of,
+    spread,
+    subnet_time,
+    timed,
+)
 
 import nasfx
 
 
-def main() -> None:
+def median(times: Sequence[Milliseconds]) -> Milliseconds:
+    return Milliseconds(*(statistics.median(clock) for clock in zip(*times, strict=True)))
+
+
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=str(__doc__).split("\n")[0])
     parser.add_argument("--space", default="proxyless", choices=list(SPACES))
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--size", type=int, default=32)
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--repeats", type=int, default=3, help="turns on each path")
-    parser.add_argument("--json", type=Path, help="write the result there")
-    args = parser.parse_args()
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    space = SPACES[args.space]
-    x, y = torch.randn(args.batch, 3, args.size, args.size), torch.randint(10, (args.batch,))
+    parser.add_argument("--turns", type=int, default=3, help="on each path")
+    add_options(parser, rounds=9)
+    args = parser.parse_args(argv)
+    set_up(args)
+    space = space_of(args.space, args)
+    x, y = space.data()
     net = nasfx.transform(space.build(), "single-path")
     generate_code(net)
     step = searching(net, x, y)["weight"]
-    ratios: list[float] = []
-    for i in range(args.rounds):
-        ours: list[float] = []
-        fixed: list[float] = []
-        for _ in range(args.repeats):
+    times: Times = {"weight": [], "fixed": []}
+    for i in range(args.rounds + 1):
+        ours: list[Milliseconds] = []
+        fixed: list[Milliseconds] = []
+        for _ in range(args.turns):
             net.seed(i)  # the same path again
             step()
             net.seed(i)
-            ours.append(cpu_seconds(step))
-            fixed.append(subnet_seconds(net, x, y))
-        ratios.append(statistics.median(ours) / statistics.median(fixed))
-    result = {
-        "single_path_to_subnet": statistics.median(ratios),
-        "spread": [min(ratios), max(ratios)],
-    }
-    report(args, ("space", "batch", "size", "rounds"), result)
+            ours.append(timed(step))
+            fixed.append(subnet_time(net, x, y))
+        times["weight"].append(median(ours))
+        times["fixed"].append(median(fixed))
+    later = {name: taken[1:] for name, taken in times.items()}
+    rows = [
+        {
+            "space": args.space,
+            "clock": clock,
+            "weight": spread(taken["weight"]),
+            "fixed": spread(taken["fixed"]),
+            "weight_to_fixed": ratio(taken["weight"], taken["fixed"]),
+        }
+        for clock, taken in by_clock(later, args.threads).items()
+    ]
+    columns = ("space", "clock", "weight", "fixed", "weight_to_fixed")
+    report(__file__, args, rows, {"a single-path step against its subnet's, ms": columns})
 
 
 if __name__ == "__main__":

@@ -2,40 +2,56 @@
 
     python benchmarks/strategies.py [--spaces ...] [--strategies ...] [--rounds 5] [--nni PYTHON]
 
-Forward, backward and the optimizer's step (plain SGD; of the architecture the strategy's own), CPU
-time of one thread. A round is an arch step, if there is one, and a weight step. Where a step runs a
-path, what is timed next is a step of the finalized subnet of that path, in the layout in which that
-is faster. Proxyless' arch steps are compared with its weight steps through the subnets of their
-paths, in sums over all rounds. Second-order arch steps are compared with those of first order.
+Forward, backward and the optimizer's step (plain SGD; of the architecture the strategy's own). A
+round is an arch step, if there is one, and a weight step; "step" is their sum. All of a round runs
+in turn, and ratios are those of one round:
 
-With `--nni`, the Python of an environment with NNI 3.0, NNI's strategy takes the same steps in
-turn, in a process of its own, on the same paths (see `nni_peer.py`). Ratios are medians over the
-rounds. `--memory` adds the peak memory of single steps, each in a process of its own.
+- where a step runs a path, a step of the finalized subnet of that path, in the layout in which that
+  is faster (`weight_to_fixed`, and of Proxyless, `arch_to_weight` through the subnets of both);
+- DARTS and FBNet: both steps of a supernet written by hand (`plain.py`), in rows and with channels
+  last (`plain_to_ours`, `plain_last_to_ours`);
+- second-order arch steps: the first-order one of another net (`second_to_first`);
+- with `--nni`, the Python of an environment with NNI 3.0: NNI's strategy, in a process of its own,
+  on the same paths (`nni_to_ours`; see `nni_peer.py`).
+
+`--memory` adds the peak memory of single steps, each in processes of its own. Sampled strategies
+draw other paths in each.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
-import statistics
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from common import (
     SPACES,
+    Milliseconds,
+    Row,
+    Space,
     Step,
-    cpu_seconds,
+    Times,
+    add_options,
+    by_clock,
     generate_code,
-    peak_mib,
+    peaks,
     print_peak,
+    ratio,
     report,
     searching,
-    subnet_seconds,
+    set_up,
+    space_of,
+    spread,
+    subnet_time,
+    timed,
 )
+from plain import Hand, MixedNet, search_steps
 
 import nasfx
 from nasfx.strategies import Strategy
@@ -58,27 +74,39 @@ NNI = {
     "darts": "darts",
 }
 """NNI's names of the strategies that it has."""
+PLAIN = {"plain": torch.contiguous_format, "plain_last": torch.channels_last}
+TABLES = {
+    "ms": ("space", "strategy", "clock", "arch", "weight", "step", "weight_fixed", "first",
+        "plain", "plain_last", "nni"),
+    "ratios": ("space", "strategy", "clock", "weight_to_fixed", "arch_to_weight",
+        "second_to_first", "plain_to_ours", "plain_last_to_ours", "nni_to_ours", "nni_error"),
+    "peak memory, MiB": ("space", "strategy", "weight_peak", "arch_peak"),
+}  # fmt: skip
 
 
 class Peer:
     """NNI in a process of its own; it is built at the first step."""
 
-    def __init__(self, python: str, space: str, strategy: str) -> None:
+    def __init__(self, python: str, name: str, strategy: str, space: Space, threads: int) -> None:
         file = str(Path(__file__).with_name("nni_peer.py"))
+        numbers = [str(n) for n in (space.batch, space.size, threads)]
         self.process = subprocess.Popen(
-            [python, file, space, strategy], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
+            [python, file, name, strategy, *numbers], stdin=subprocess.PIPE, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            env={**os.environ, "OMP_NUM_THREADS": str(threads)},
         )  # fmt: skip
 
-    def ask(self, line: str) -> float:
-        """The seconds that NNI gives for a line."""
+    def ask(self, line: str) -> Milliseconds:
+        """The time that NNI gives for a line."""
         assert self.process.stdin is not None
         assert self.process.stdout is not None
-        print(line, file=self.process.stdin, flush=True)
+        with contextlib.suppress(BrokenPipeError):  # it has ended, and says below why
+            print(line, file=self.process.stdin, flush=True)
         if answer := self.process.stdout.readline():
-            return float(answer)
+            return Milliseconds(*map(float, answer.split()))
         _, errors = self.process.communicate()
-        raise RuntimeError(errors.strip().split("\n")[-1])
+        last = errors.strip().split("\n")[-1]
+        raise RuntimeError(last or f"NNI's process ended with {self.process.returncode}")
 
     def close(self) -> None:
         """End the process."""
@@ -86,21 +114,28 @@ class Peer:
 
 
 class Bench:
-    """One strategy on one space: our steps, the subnets of their paths, and NNI's steps."""
+    """One strategy on one space: our steps, and those that they are compared with."""
 
-    def __init__(self, space: str, strategy: str, nni: str | None) -> None:
-        self.x, self.y = SPACES[space].data()
-        self.net = nasfx.transform(SPACES[space].build(), STRATEGIES[strategy]())
+    def __init__(self, name: str, strategy: str, args: argparse.Namespace) -> None:
+        space, self.threads = space_of(name, args), args.threads
+        self.x, self.y = space.data()
+        self.net = nasfx.transform(space.build(), STRATEGIES[strategy]())
         generate_code(self.net)
         self.steps = searching(self.net, self.x, self.y)
-        known = nni is not None and strategy in NNI
-        self.peer = Peer(nni, space, NNI[strategy]) if known else None
         self.controlled = strategy == "enas"
-        self.first: Step | None = None
+        self.peer: Peer | None = None
+        if args.nni and strategy in NNI:
+            self.peer = Peer(args.nni, name, NNI[strategy], space, args.threads)
+        self.rivals: dict[str, Step] = {}
         if self.net.strategy.second_order:
-            plain = nasfx.transform(SPACES[space].build(), nasfx.Darts())
-            self.first = searching(plain, self.x, self.y)["arch"]
-        self.times: dict[str, list[float]] = {}
+            first = nasfx.transform(space.build(), nasfx.Darts())
+            self.rivals["first"] = searching(first, self.x, self.y)["arch"]
+        elif not self.net.strategy.samples:
+            for key, layout in PLAIN.items():
+                plain = Hand(16, 8) if name == "darts" else MixedNet(space.build())
+                self.rivals[key] = search_steps(plain, self.x, self.y, layout)
+        self.times: Times = {}
+        self.update: Milliseconds | None = None
         self.error = ""
 
     def round(self) -> None:
@@ -109,130 +144,131 @@ class Bench:
         for kind in ("arch", "weight"):
             if kind not in self.steps:
                 continue
-            self.note(kind, cpu_seconds(self.steps[kind]))
+            self.note(kind, timed(self.steps[kind]))
             if self.net.strategy.samples:
                 paths.append(dict(self.net.path))
                 if kind == "weight" or isinstance(self.net.strategy, nasfx.Proxyless):
-                    self.note(f"{kind}_fixed", subnet_seconds(self.net, self.x, self.y))
-        if self.first is not None:
-            self.note("first", cpu_seconds(self.first))
+                    self.note(f"{kind}_fixed", subnet_time(self.net, self.x, self.y))
+        for name, step in self.rivals.items():
+            self.note(name, timed(step))
         if self.peer is not None:
             # ENAS' controller step is a batch of its own, the second one.
             lines = [paths[1:], paths[:1]] if self.controlled else [paths]
-            try:
-                seconds = [self.peer.ask(json.dumps(line)) for line in lines]
-                self.note("nni", sum(seconds))
-            except RuntimeError as error:
-                self.error, self.peer = str(error), None
+            self.note("nni", *(self.ask(json.dumps(line)) for line in lines))
 
-    def note(self, name: str, seconds: float) -> None:
-        self.times.setdefault(name, []).append(seconds)
+    def note(self, name: str, *parts: Milliseconds | None) -> None:
+        known = [part for part in parts if part is not None]
+        if len(known) == len(parts):
+            total = Milliseconds(*(sum(clock) for clock in zip(*known, strict=True)))
+            self.times.setdefault(name, []).append(total)
 
-    def result(self) -> dict[str, Any]:
-        """Medians; the first round warmed up."""
-        rounds = len(self.times["weight"]) - 1
-        t = {name: times[1:] for name, times in self.times.items()}
-        ours = [sum(pair) for pair in zip(*(t[kind] for kind in self.steps), strict=True)]
-        found: dict[str, Any] = {name: statistics.median(times) for name, times in t.items()}
-        found["step"] = statistics.median(ours)
-        if "weight_fixed" in t:
-            found["weight_to_fixed"] = ratios(t["weight"], t["weight_fixed"])
-        if "arch_fixed" in t:  # of all rounds, as the paths of the two steps differ
-            per_path = [sum(t[kind]) / sum(t[f"{kind}_fixed"]) for kind in ("arch", "weight")]
-            found["arch_to_weight"] = [round(per_path[0] / per_path[1], 3)]
-        elif "arch" in t:
-            found["arch_to_weight"] = ratios(t["arch"], t["weight"])
-        if "first" in t:
-            found["second_to_first"] = ratios(t["arch"], t["first"])
+    def ask(self, line: str) -> Milliseconds | None:
+        """NNI's time; None, and no more questions, once it has failed."""
+        try:
+            return self.peer.ask(line) if self.peer else None
+        except RuntimeError as error:
+            self.error, self.peer = str(error), None
+            self.times.pop("nni", None)
+            return None
+
+    def finish(self) -> None:
+        """Time NNI's update of ENAS' controller over all rounds, and end NNI."""
+        if self.controlled and self.peer is not None:
+            self.update = self.ask("update")
         if self.peer is not None:
-            theirs = t["nni"]
-            if self.controlled:
-                found["nni_update"] = self.peer.ask("update") / (rounds + 1)
-                theirs = [seconds + found["nni_update"] for seconds in theirs]
-            found["nni_to_ours"] = ratios(theirs, ours)
             self.peer.close()
-        if self.error:
-            found["nni_error"] = self.error
-        return found
+
+    def results(self) -> list[Row]:
+        """A row for every clock; the first round warmed up."""
+        rounds = len(self.times["weight"])
+        later = {name: taken[1:] for name, taken in self.times.items()}
+        rows: list[Row] = []
+        for clock, t in by_clock(later, self.threads).items():
+            t["step"] = [sum(pair) for pair in zip(*(t[kind] for kind in self.steps), strict=True)]
+            if self.update is not None:
+                share = getattr(self.update, clock) / rounds
+                t["nni"] = [taken + share for taken in t["nni"]]
+            row: Row = {"clock": clock, **{name: spread(taken) for name, taken in t.items()}}
+            rows.append(row | compared(t) | ({"nni_error": self.error} if self.error else {}))
+        return rows
 
 
-def ratios(above: list[float], below: list[float]) -> list[float]:
-    """The median, the lowest and the highest of the ratios."""
-    each = [a / b for a, b in zip(above, below, strict=True)]
-    return [round(x, 3) for x in (statistics.median(each), min(each), max(each))]
+def compared(t: dict[str, list[float]]) -> dict[str, Any]:
+    """The ratios between the times of one clock."""
+    pairs = {
+        "weight_to_fixed": ("weight", "weight_fixed"),
+        "second_to_first": ("arch", "first"),
+        "plain_to_ours": ("plain", "step"),
+        "plain_last_to_ours": ("plain_last", "step"),
+        "nni_to_ours": ("nni", "step"),
+    }
+    found: dict[str, Any] = {
+        name: ratio(t[a], t[b]) for name, (a, b) in pairs.items() if a in t and b in t
+    }
+    if "arch_fixed" in t:  # the paths of the two steps differ
+        per_path = [
+            [a / b for a, b in zip(t[kind], t[f"{kind}_fixed"], strict=True)]
+            for kind in ("arch", "weight")
+        ]
+        found["arch_to_weight"] = ratio(*per_path)
+        sums = [sum(t[kind]) / sum(t[f"{kind}_fixed"]) for kind in ("arch", "weight")]
+        found["arch_to_weight_in_sums"] = sums[0] / sums[1]
+    elif "arch" in t:
+        found["arch_to_weight"] = ratio(t["arch"], t["weight"])
+    return found
 
 
 # -- memory ----------------------------------------------------------------------------------------
 
 
-def peak(space: str, strategy: str, kind: str, seed: str) -> None:
+def peak(args: argparse.Namespace) -> None:
     """Print the peak memory of a step on a path that is the same for every strategy."""
-    x, y = SPACES[space].data()
-    net = nasfx.transform(SPACES[space].build(), STRATEGIES[strategy]())
+    name, strategy, kind, seed = args.peak.split(",")
+    space = space_of(name, args)
+    net = nasfx.transform(space.build(), STRATEGIES[strategy]())
     generator = torch.Generator().manual_seed(int(seed))
     for alpha in net.arch_parameters() if net.strategy.samples else ():
         with torch.no_grad():  # nearly certain
             alpha[int(torch.randint(len(alpha), (), generator=generator))] += 12
     net.seed(int(seed))
     generate_code(net)
-    print_peak([searching(net, x, y)[kind]])
+    print_peak([searching(net, *space.data())[kind]])
 
 
-def memory(space: str, strategy: str, kinds: list[str]) -> dict[str, Any]:
-    """Peak MiB by kind of step: the mean over four random paths."""
-    found: dict[str, Any] = {}
-    for kind in kinds:
-        runs = [peak_mib(__file__, f"--peak={space},{strategy},{kind},{i}") for i in range(4)]
-        found[f"{kind}_mib"] = statistics.mean(runs)
-        found[f"{kind}_mib_paths"] = [round(run) for run in runs]
-    return found
-
-
-def table(rows: list[dict[str, Any]]) -> str:
-    """CPU milliseconds; ratios are medians."""
-    columns = ("arch", "weight", "step", "weight_fixed", "nni")
-    shares = ("weight_to_fixed", "arch_to_weight", "second_to_first", "nni_to_ours")
-    names = ("arch", "weight", "step", "fixed", "nni")
-    head = "".join(f"{name:>9}" for name in names) + "".join(f"{name:>18}" for name in shares)
-    lines = [f"{'space':<13}{'strategy':<19}{head}"]
-    for row in rows:
-        times = "".join(f"{1000 * row[n]:9.0f}" if n in row else " " * 9 for n in columns)
-        medians = "".join(f"{row[n][0]:18.3f}" if n in row else " " * 18 for n in shares)
-        peaks = "".join(f"  {k} {row[k]:.0f}" for k in ("weight_mib", "arch_mib") if k in row)
-        lines.append(f"{row['space']:<13}{row['strategy']:<19}{times}{medians}{peaks}")
-    return "\n".join(lines)
-
-
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=str(__doc__).split("\n")[0])
     parser.add_argument("--spaces", nargs="+", default=list(SPACES), choices=list(SPACES))
     parser.add_argument(
         "--strategies", nargs="+", default=list(STRATEGIES), choices=list(STRATEGIES)
     )
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--batch", type=int, help="in place of the space's")
+    parser.add_argument("--size", type=int, help="of images, in place of the space's")
     parser.add_argument("--nni", help="the Python of an environment with NNI 3.0")
-    parser.add_argument("--memory", action="store_true", help="peak memory of single steps, too")
-    parser.add_argument("--json", type=Path, help="write the result there")
+    parser.add_argument("--memory", type=int, nargs="?", const=4, default=0, metavar="PROCESSES",
+        help="that measure the peak memory of each kind of step, 4 if no number is given",
+    )  # fmt: skip
     parser.add_argument("--peak", help=argparse.SUPPRESS)
-    args = parser.parse_args()
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
+    add_options(parser, rounds=5)
+    args = parser.parse_args(argv)
+    set_up(args)
     if args.peak:
-        peak(*args.peak.split(","))
+        peak(args)
         return
-    rows: list[dict[str, Any]] = []
+    rows: list[Row] = []
     for space in args.spaces:
         for strategy in args.strategies:
-            bench = Bench(space, strategy, args.nni)
+            bench = Bench(space, strategy, args)
             for _ in range(args.rounds + 1):
                 bench.round()
-            row = {"space": space, "strategy": strategy, **bench.result()}
-            if args.memory:
-                row |= memory(space, strategy, list(bench.steps))
-            rows.append(row)
-            print(table(rows[-1:]), flush=True)
-    report(args, ("rounds",), {"rows": rows})
-    print(table(rows))
+            bench.finish()
+            found = bench.results()
+            for kind in bench.steps if args.memory else ():
+                what = [f"{space},{strategy},{kind},{i}" for i in range(args.memory)]
+                found[0][f"{kind}_peak"] = peaks(__file__, args, what)
+            rows += [{"space": space, "strategy": strategy, **row} for row in found]
+            if args.output:
+                report(__file__, args, rows, {})  # what there is, should a later one fail
+    report(__file__, args, rows, TABLES)
 
 
 if __name__ == "__main__":

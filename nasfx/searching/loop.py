@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from contextlib import contextmanager, nullcontext
 from itertools import cycle, islice
 from pathlib import Path
@@ -13,7 +13,6 @@ import torch
 from lightning_fabric import Fabric
 from rich.console import Console
 from rich.progress import Progress
-from torch import Tensor
 from torch.utils.data import DataLoader
 
 from nasfx.architecture import Architecture
@@ -27,24 +26,19 @@ from nasfx.searching.distributed import (
     synchronised,
 )
 from nasfx.searching.evaluation import (
-    Batch,
     Metric,
     batches,
-    checked,
     entropy,
     evaluate,
     progress_bar,
-    requires_grad,
 )
-from nasfx.searching.nonfinite import nonfinite_error
 from nasfx.searching.recalibration import Judge, Recalibration
 from nasfx.searching.result import RunState, SearchResult
 from nasfx.searching.resuming import Resumable, length
 from nasfx.searching.saving import Resume, Saving
+from nasfx.searching.steps import Loss, Steps
 from nasfx.subnet import kept_modes
 from nasfx.supernet import Supernet
-
-Loss = Callable[[Any, Any], Tensor]
 
 _GROUP = 10  # architectures that are evaluated together at the end, and then saved
 
@@ -190,6 +184,7 @@ class _Run:
             raise SearchError("optimizers must be two: (of the weights, of the architecture)")
         both: Any = fabric.setup_optimizers(weights, arch)
         self.weights, self.arch = both
+        self.steps = Steps(net, loss, metric, clip_norm, both, ranks, saving.check_evaluation)
         self.learns = bool(net.arch_parameters())
         self.schedule = net.strategy.schedule
         self.endless = self.readers["valid"].endless()
@@ -214,116 +209,7 @@ class _Run:
             self.randomness, options, self.ranks,
         )  # fmt: skip
 
-    # -- steps -------------------------------------------------------------------------------------
-
-    def _outputs(self, inputs: tuple[Any, ...]) -> Any:
-        self.saving.check_evaluation()
-        with self.fabric.autocast():
-            return self.net(*inputs)
-
-    def _checked(self, value: Any, inputs: tuple[Any, ...], what: str) -> float:
-        return checked(self.net, value, inputs, what, self.position)
-
-    def _arch_step(self, valid: Iterator[Batch], following: Sequence[Batch]) -> float:
-        """An optimizer step of the architecture, over as many draws as the strategy wants.
-
-        `following` are the batches of the next weight step, where there is one.
-        """
-        losses: list[float] = []
-        batch: Batch | None = None
-        for _ in range(self.schedule.draws):
-            if batch is None or not self.schedule.same_batch:
-                batch = self.ranks.together(lambda: next(valid))
-            losses.append(self._arch_gradient(*batch, following))
-        self.ranks.average_gradients(self.net.arch_parameters())
-        self.arch.step()
-        self.arch.zero_grad()
-        return sum(losses) / len(losses)
-
-    def _arch_gradient(
-        self, inputs: tuple[Any, ...], target: Any, following: Sequence[Batch]
-    ) -> float:
-        net, ranks = self.net, self.ranks
-
-        def gradient() -> None:
-            self.fabric.backward(net.objective(value, reward))
-            self._check_arch_gradient(inputs)
-
-        def forward() -> tuple[Tensor, float, Any]:
-            outputs = self._outputs(inputs)
-            value = self.loss(outputs, target)
-            number = self._checked(value, inputs, "the validation loss")
-            reward = None
-            if net.strategy.rewarded and self.metric is not None:
-                reward = self.metric(outputs, target)
-            return value, number, reward
-
-        with net.arch_step(**self._unrolled(following)):
-            value, number, reward = ranks.together(forward, lambda _: str(net._arch.state.drawn))
-            if net.strategy.rewarded and ranks.count > 1:
-                reward = ranks.mean(-number if reward is None else float(reward))
-            ranks.together(gradient)
-        return number
-
-    def _check_arch_gradient(self, inputs: tuple[Any, ...]) -> None:
-        # With scaled losses (16-mixed) an overflow is normal: the scaler skips the step.
-        scaled = getattr(self.fabric.strategy.precision, "scaler", None) is not None
-        for p in () if scaled else self.net.arch_parameters():
-            if p.grad is not None and not bool(torch.isfinite(p.grad).all()):
-                raise nonfinite_error(
-                    self.net,
-                    inputs,
-                    f"the architecture's gradient became not finite {self.position}",
-                )
-
-    def _unrolled(self, following: Sequence[Batch]) -> dict[str, Any]:
-        """What a second-order arch step is given."""
-        if not self.net.strategy.second_order:
-            return {}
-
-        def loss() -> Tensor:
-            losses = [self.loss(self._outputs(inputs), target) for inputs, target in following]
-            return losses[0] if len(losses) == 1 else torch.stack(losses).mean()
-
-        def inner() -> Tensor:
-            return self.ranks.together(loss)
-
-        average = None if self.ranks.count == 1 else self.ranks.average
-        return {
-            "inner": inner, "weight_optimizer": self.weights.optimizer, "average": average
-        }  # fmt: skip
-
-    def _weight_step(self, batches: Sequence[Batch]) -> float:
-        """An optimizer step of the weights of one path, over so many batches."""
-        net, ranks = self.net, self.ranks
-
-        def gradients() -> float:
-            return sum(self._weight_gradient(*batch, len(batches)) for batch in batches)
-
-        def trained(_: float) -> str:
-            moved = [name for name, p in net.named_parameters() if p.grad is not None]
-            return f"{net._arch.state.drawn} {moved}"
-
-        with net.weight_step():
-            total = ranks.together(gradients, trained)
-        ranks.average_gradients(net.weight_parameters())
-        if self.clip_norm is not None:
-            self.fabric.strategy.precision.unscale_gradients(self.weights.optimizer)
-            with_grad = [p for p in net.weight_parameters() if p.grad is not None]
-            torch.nn.utils.clip_grad_norm_(with_grad, self.clip_norm)
-        self.weights.step()
-        self.weights.zero_grad()
-        return total / len(batches)
-
-    def _weight_gradient(self, inputs: tuple[Any, ...], target: Any, share: int) -> float:
-        """Add the gradient of a batch, divided by `share`."""
-        outputs = self._outputs(inputs)
-        value = self.loss(outputs, target)
-        number = self._checked(value, inputs, "the training loss")
-        # A drawn path may hold no weights at all: then there is nothing to train.
-        if value.requires_grad or requires_grad(outputs):
-            self.fabric.backward(value / share if share > 1 else value)
-        return number
+    # -- evaluation --------------------------------------------------------------------------------
 
     @property
     def _metric(self) -> Metric:
@@ -335,7 +221,12 @@ class _Run:
         with self.saving.evaluating():
             own = self.ranks.together(
                 lambda: evaluate(
-                    self.net, arch, data, self._metric, when=self.position, run=self._outputs
+                    self.net,
+                    arch,
+                    data,
+                    self._metric,
+                    when=self.steps.position,
+                    run=self.steps.outputs,
                 )
             )
         return self.ranks.mean(own)
@@ -397,10 +288,10 @@ class _Run:
         state, reader, n = self.state, self.readers["train"], self.accumulate
         taken = self.ranks.in_step(reader.rest(), "the training data")
         while together := list(islice(taken, n)):
-            self.position = f"in epoch {state.epoch}, batch {state.step * n}"
+            self.steps.position = f"in epoch {state.epoch}, batch {state.step * n}"
             if every and state.step % every == 0:
-                state.arch_losses.append(self._arch_step(self.endless, together))
-            state.train_losses.append(self._weight_step(together))
+                state.arch_losses.append(self.steps.arch_step(self.endless, together))
+            state.train_losses.append(self.steps.weight_step(together))
             figures = f"epoch {state.epoch} loss {state.train_losses[-1]:.4f}"
             if state.records:  # of the epoch before; every batch would be too often
                 last = state.records[-1]
@@ -415,7 +306,7 @@ class _Run:
         state, steps, reader = self.state, self.schedule.steps, self.readers["phase"]
         one_pass = self.ranks.in_step(reader.rest(), "the validation data")
         while steps is None or state.step < steps:
-            self.position = f"in epoch {state.epoch}, arch step {state.step}"
+            self.steps.position = f"in epoch {state.epoch}, arch step {state.step}"
             source = self.endless
             if steps is None:
                 # The last step of the pass goes round what is left of it.
@@ -424,7 +315,7 @@ class _Run:
                 if not left:
                     break
                 source = cycle(left)
-            state.arch_losses.append(self._arch_step(source, ()))
+            state.arch_losses.append(self.steps.arch_step(source, ()))
             self._stepped()
         reader.close()
 
@@ -439,9 +330,9 @@ class _Run:
         state = self.state
         assert state.arch is not None
         lr, nats = self.weights.param_groups[0]["lr"], entropy(self.net)
-        self.position = f"at the end of epoch {state.epoch}"
+        self.steps.position = f"at the end of epoch {state.epoch}"
         self.ranks.synchronise_buffers(self.net)
-        self.ranks.check_alike(self.net, self.position)
+        self.ranks.check_alike(self.net, self.steps.position)
         metric = self.evaluate(state.arch)
         if self.scheduler is not None:
             self.scheduler.step()
@@ -462,7 +353,7 @@ class _Run:
     def _conclude(self) -> None:
         """Let the strategy choose; what it has evaluated before is not evaluated again."""
         state = self.state
-        self.position = "after the last epoch"
+        self.steps.position = "after the last epoch"
         generator = self.net._arch.state.generator
         if state.draws is None:
             state.enter("conclusion")
@@ -504,7 +395,7 @@ class _Scores:
             with run.saving.evaluating():
                 found = run.ranks.divided(
                     group,
-                    lambda own: self.judge.evaluate_all(own, run.position),
+                    lambda own: self.judge.evaluate_all(own, run.steps.position),
                     shared=all(map(is_whole, data)),
                 )
             metrics.update(zip(group, found, strict=True))

@@ -1,5 +1,6 @@
 """ONNX files: read without their external weights and split into kernels, or refused."""
 
+import faulthandler
 import multiprocessing
 import os
 import pickle
