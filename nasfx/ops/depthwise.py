@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any, cast
 
 import torch
@@ -34,7 +33,8 @@ def depthwise_conv(
     - the gradient of `x` at stride 1 is a convolution with the flipped kernel;
     - the gradient of a dilated weight: pixels that the kernel reads together are a batch of their
       own (space to batch), and the kernel is dense there;
-    - the gradient of a wide weight: columns of the kernel, three at a time.
+    - the gradient of a wide weight: columns of the kernel, three at a time; of small images those
+      rows and columns alone that see more than padding.
 
     Under autocast, in a compiled graph and off CPU it is `F.conv2d`.
 
@@ -96,26 +96,33 @@ def _of_weight(grad: Tensor, x: Tensor, weight: Tensor, s: int, p: int, d: int) 
         return _of_weight(_space_to_batch(grad, d), _space_to_batch(x, d), weight, 1, p // d, 1)
     mask = [False, True, False]
     k = weight.shape[3]
-    if d > 1 or k <= _FAST_WIDTH:
+    rows, columns = (_seen(k, x.shape[i], grad.shape[i], s, p) for i in (2, 3))
+    if d > 1 or k <= _FAST_WIDTH or not rows or not columns:
         return _backward(grad, x, weight, (s, s), (p, p), (d, d), mask)[1]
-    # Columns first, first + 1, ... of the kernel see `x` moved by as much: padded, or cropped.
+    # Torch is slow, too, where a kernel with padding is higher than the image, or is wide and moves
+    # by more than a pixel: there the rows are padded before.
+    padded = len(rows) < k or x.shape[2] < k or (s > 1 and k > 5)
+    high = _margins(rows, x.shape[2], grad.shape[2], s, p) if padded else (0, 0)
     parts: list[Tensor] = []
-    for first, count in _columns(k):
-        left = p - first
-        right = (grad.shape[3] - 1) * s + count - x.shape[3] - left
-        part = weight[:, :, :, first : first + count]
-        if max(-left, -right) >= x.shape[3]:
-            parts.append(torch.zeros_like(part))  # these columns see nothing but padding
-            continue
-        moved = F.pad(x, (left, right))
-        parts.append(_backward(grad, moved, part, (s, s), (p, 0), (1, 1), mask)[1])
-    return torch.cat(parts, 3)
+    for first in columns[::_FAST_WIDTH]:
+        some = range(first, min(first + _FAST_WIDTH, columns.stop))
+        moved = F.pad(x, (*_margins(some, x.shape[3], grad.shape[3], s, p), *high))
+        part = weight[:, :, rows.start : rows.stop, some.start : some.stop]
+        rest = 0 if padded else p, 0
+        parts.append(_backward(grad, moved, part, (s, s), rest, (1, 1), mask)[1])
+    outside = columns.start, k - columns.stop, rows.start, k - rows.stop
+    return F.pad(torch.cat(parts, 3), outside)
 
 
-def _columns(k: int) -> Iterator[tuple[int, int]]:
-    """(first, how many) of groups of at most three of k columns."""
-    for first in range(0, k, _FAST_WIDTH):
-        yield first, min(_FAST_WIDTH, k - first)
+def _seen(k: int, pixels: int, outputs: int, s: int, p: int) -> range:
+    """Which rows of a kernel of k see an image of so many rows, and not padding alone."""
+    return range(max(0, p - s * (outputs - 1)), min(k, p + pixels))
+
+
+def _margins(rows: range, pixels: int, outputs: int, s: int, p: int) -> tuple[int, int]:
+    """What is padded before and after an image that these rows of the kernel see; or cropped."""
+    before = p - rows.start
+    return before, (outputs - 1) * s + len(rows) - pixels - before
 
 
 def _space_to_batch(x: Tensor, d: int) -> Tensor:

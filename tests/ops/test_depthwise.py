@@ -8,7 +8,7 @@ from nasfx.ops import depthwise_conv
 SETTINGS = [
     # kernel, stride, padding, dilation
     (3, 1, 1, 1), (5, 1, 2, 1), (7, 1, 3, 1), (4, 1, 2, 1), (5, 1, 0, 1), (5, 1, 6, 1),
-    (3, 2, 1, 1), (5, 2, 2, 1), (7, 3, 3, 1),
+    (3, 2, 1, 1), (5, 2, 2, 1), (7, 3, 3, 1), (7, 2, 3, 1), (7, 9, 3, 1), (5, 12, 5, 1),
     (3, 1, 2, 2), (5, 1, 4, 2), (5, 1, 3, 2), (5, 1, 0, 2), (3, 1, 3, 3),
     (3, 2, 2, 2), (5, 2, 4, 2), (5, 2, 3, 2), (3, 2, 4, 4), (3, 3, 3, 3),
 ]  # fmt: skip
@@ -30,7 +30,9 @@ def gradients(
 
 @pytest.mark.parametrize("settings", SETTINGS)
 @pytest.mark.parametrize(
-    "size", [(12, 12), (13, 12), (1, 1), (2, 2)], ids=["even", "odd", "one", "two"]
+    "size",
+    [(12, 12), (13, 12), (1, 1), (2, 2), (4, 7), (7, 3)],
+    ids=["even", "odd", "one", "two", "low", "narrow"],
 )
 @pytest.mark.parametrize("last", [False, True], ids=["rows", "channels-last"])
 def test_it_is_conv2d_with_both_derivatives(

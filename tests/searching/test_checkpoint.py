@@ -1,4 +1,8 @@
-"""A search that was stopped anywhere ends with the bits of one that was not."""
+"""A search that was stopped anywhere ends with the bits of one that was not.
+
+`NASFX_KILLS=50 pytest tests/searching/test_checkpoint.py -m slow -k killed` kills every strategy
+that often by hand.
+"""
 
 from __future__ import annotations
 
@@ -42,6 +46,7 @@ VARIANTS: dict[str, Any] = {
 }
 SEVEN = ("darts", "fbnet", "proxyless", "two", "enas", "single-path", "random")
 EPOCHS, BATCHES = 2, 3
+KILLS = int(os.environ.get("NASFX_KILLS", "5"))  # of every strategy, in series of five
 
 
 def _candidates(n: int) -> dict[str, nn.Module]:
@@ -265,12 +270,13 @@ def _killed() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("series", range(KILLS // 5))
 @pytest.mark.parametrize("variant", SEVEN)
 def test_killed_twice_and_resumed_in_new_processes_it_ends_with_the_same_bits(
-    variant: str, tmp_path: Path
+    variant: str, series: int, tmp_path: Path
 ) -> None:
     """Five seeded kill points; shuffled loaders, with a worker in the second search."""
-    kills = random.Random(f"kill {variant}")
+    kills = random.Random(f"kill {variant} {series}")
     for data, n in (("own", 3), ("workers", 2)):
         folder = tmp_path / data
         count, (_, expected) = losses(variant, folder, data, Sizes)

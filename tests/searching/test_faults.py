@@ -1,4 +1,7 @@
-"""What goes wrong outside of the search: it says so, and the last checkpoint is whole."""
+"""What goes wrong outside of the search: it says so, and the last checkpoint is whole.
+
+`NASFX_FAULTS=200 pytest tests/searching/test_faults.py -m slow -k one_after` meets so many by hand.
+"""
 
 from __future__ import annotations
 
@@ -43,6 +46,9 @@ from tests.strategies.nets import Chain, batch, built
 @pytest.fixture(autouse=True)
 def _every_evaluation_is_saved(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(saving, "_SHARE", 0)
+
+
+FAULTS = int(os.environ.get("NASFX_FAULTS", "42"))  # of all strategies together
 
 
 def files(folder: Path) -> list[Path]:
@@ -381,38 +387,44 @@ def test_broken_content_is_an_error_of_ours(tmp_path: Path) -> None:
 def test_faults_one_after_the_other(
     variant: str, tmp_path: Path, small_files: Callable[[int], None]
 ) -> None:
-    """A search that meets a fault on every start goes on to its end, and ends the same."""
-    options: dict[str, Any] = {"epochs": 14}
-    whole = tmp_path / "whole"
-    search(variant, whole, checkpoint_every=None, **options)
-    expected, folder = newest(whole), tmp_path / "faulty"
+    """A search of 300 steps that meets a fault on every start goes on to its end, as without."""
+    options: dict[str, Any] = {"epochs": 100}
+    whole, calls = tmp_path / "whole", [0]
+    search(variant, whole, checkpoint_every=None, after=calls, **options)
+    expected, needed, folder = newest(whole), len(calls), tmp_path / "faulty"
+    count = -(-FAULTS // len(SEVEN))
     faults = random.Random(f"faults {variant}")
 
     def term() -> None:
         os.kill(os.getpid(), signal.SIGTERM)
 
     kinds = ["crash", "term", "full", "nan", "cut"]
-    for start in range(6):
-        kind, at = kinds[start % 5], faults.randrange(3, 25)
+    calls = [0]
+    for start in range(count):
+        kind, at = kinds[start % 5], faults.randrange(3, 300 // count)
         crash = {"term": term, "full": lambda: small_files(9_000)}.get(kind)
-        given: dict[str, Any] = {}
+        given: dict[str, Any] = {"after": calls}
         if kind == "nan":
-            given["loss"] = _nan_at(at)
+            given["loss"] = _nan_at(at, calls)
         with pytest.raises((CrashError, SystemExit, CheckpointError, SearchError)):
             search(variant, folder, at=at, crash=crash, start=start, **given, **options)
         small_files(resource.RLIM_INFINITY)
         if kind == "cut" and len(files(folder)) > 1:
             cut(files(folder)[0])
-    search(variant, folder, start=9, **options)
+    search(variant, folder, start=count, after=calls, **options)
     assert_same_bits(newest(folder), expected)
+    # Those of two steps, or of an evaluation, since the last checkpoint, or the one before.
+    repeated = 5 * (count + sum(kinds[start % 5] == "cut" for start in range(count)))
+    assert len(calls) <= needed + repeated
 
 
-def _nan_at(at: int) -> Callable[[Tensor, Tensor], Tensor]:
+def _nan_at(at: int, calls: list[int]) -> Callable[[Tensor, Tensor], Tensor]:
     called = 0
 
     def loss(outputs: Tensor, target: Tensor) -> Tensor:
         nonlocal called
         called += 1
+        calls.append(called)
         return F.mse_loss(outputs, target) * (float("nan") if called == at else 1)
 
     return loss
