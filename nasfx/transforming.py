@@ -18,7 +18,9 @@ from nasfx.passes import (
     AnnotateCost,
     Canonicalize,
     CheapenDepthwise,
+    CheapenPools,
     DropZeroCandidates,
+    FoldGatesIntoNorms,
     FoldLinearCandidates,
     InferShapes,
     PropagateChannelsLast,
@@ -37,11 +39,11 @@ from nasfx.tracing import as_tuple, refuse_names, trace
 
 WEIGHTED_SUM: tuple[Pass, ...] = (
     DropZeroCandidates(), FoldLinearCandidates(), ShareSubexpressions(), ShareNorms(),
-    PropagateChannelsLast(), CheapenDepthwise(),
+    FoldGatesIntoNorms(own_gain=True), PropagateChannelsLast(), CheapenDepthwise(), CheapenPools(),
 )  # fmt: skip
 """What `transform(optimize="auto")` runs on the lowered graph of a weighted-sum strategy.
 
-`FoldGatesIntoNorms` is not among them: it saves memory and costs time, see docs/performance.md.
+Batch norms without a gain are not folded: that saves memory and costs time (docs/performance.md).
 """
 
 SAMPLED_PATH: tuple[Pass, ...] = (PropagateChannelsLast(),)

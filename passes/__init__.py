@@ -6,6 +6,7 @@ if __name__ != "nasfx.passes":
 from nasfx.passes.annotate_cost import AnnotateCost as AnnotateCost
 from nasfx.passes.canonicalize import Canonicalize as Canonicalize
 from nasfx.passes.cheapen_depthwise import CheapenDepthwise as CheapenDepthwise
+from nasfx.passes.cheapen_pools import CheapenPools as CheapenPools
 from nasfx.passes.collapse_choices import CollapseChoices as CollapseChoices
 from nasfx.passes.defer_producers import DeferProducers as DeferProducers
 from nasfx.passes.drop_zero_candidates import DropZeroCandidates as DropZeroCandidates

@@ -33,11 +33,16 @@ class FoldGatesIntoNorms(Pass):
 
     The weight's gradient is the sum of the gain's. The outputs of the batch norms are not kept for
     the backward. The batch norms run where the mixture does, when what they read has left the
-    processor's cache: a DARTS net takes less memory and more time, so this is not on by default.
+    processor's cache, and those without a gain get one: there it takes less memory and more time.
 
     Declines batch norms with hooks, those that average all batches (momentum None), and those that
     are called more than once.
+
+    Attributes:
+        own_gain: fold batch norms alone that have a gain of their own, where it costs no time.
     """
+
+    own_gain: bool = False
 
     name: ClassVar[str] = "fold-gates-into-norms"
     consumes: ClassVar[Stage] = SUPERNET
@@ -50,7 +55,7 @@ class FoldGatesIntoNorms(Pass):
         calls = Counter(str(n.target) for n in gm.graph.find_nodes(op="call_module"))
         for node in list(gm.graph.find_nodes(op="call_function", target=mix)):
             outputs = cast("Sequence[Any]", node.args[1])
-            norms = [o if _is_folded(gm, o, node, calls, ctx) else None for o in outputs]
+            norms = [o if self._is_folded(gm, o, node, calls, ctx) else None for o in outputs]
             if any(norms):
                 self._fold(node, list(outputs), norms)
                 changed = True
@@ -71,20 +76,26 @@ class FoldGatesIntoNorms(Pass):
             if norm is not None:
                 norm.graph.erase_node(norm)
 
-
-def _is_folded(
-    gm: fx.GraphModule, value: Any, mixture: fx.Node, calls: Counter[str], ctx: PassContext
-) -> bool:
-    """Whether `value`, an operand of `mixture`, is what a batch norm gives for it alone."""
-    if not isinstance(value, fx.Node) or value.op != "call_module":
-        return False
-    module = gm.get_submodule(str(value.target))
-    if not isinstance(module, _BatchNorm) or len(value.args) != 1 or value.kwargs:
-        return False
-    reads = cast("Sequence[Any]", mixture.args[1]).count(value)
-    if len(value.users) > 1 or reads > 1 or mixture.args[0] is value:
-        return False
-    if reason := norm_obstacle(module, calls[str(value.target)]):
-        ctx.skip(value, reason)
-        return False
-    return True
+    def _is_folded(
+        self,
+        gm: fx.GraphModule,
+        value: Any,
+        mixture: fx.Node,
+        calls: Counter[str],
+        ctx: PassContext,
+    ) -> bool:  # fmt: skip
+        """Whether `value`, an operand of `mixture`, is what a batch norm gives for it alone."""
+        if not isinstance(value, fx.Node) or value.op != "call_module":
+            return False
+        module = gm.get_submodule(str(value.target))
+        if not isinstance(module, _BatchNorm) or len(value.args) != 1 or value.kwargs:
+            return False
+        if self.own_gain and not module.affine:
+            return False
+        reads = cast("Sequence[Any]", mixture.args[1]).count(value)
+        if len(value.users) > 1 or reads > 1 or mixture.args[0] is value:
+            return False
+        if reason := norm_obstacle(module, calls[str(value.target)]):
+            ctx.skip(value, reason)
+            return False
+        return True

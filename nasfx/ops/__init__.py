@@ -22,6 +22,7 @@ from nasfx.ops.layout import channels_last as channels_last
 from nasfx.ops.mix import mix as mix
 from nasfx.ops.norms import mix_norms as mix_norms
 from nasfx.ops.norms import shared_norms as shared_norms
+from nasfx.ops.pooling import average_pool as average_pool
 from nasfx.ops.select import Deferred as Deferred
 from nasfx.ops.select import Demanded as Demanded
 from nasfx.ops.select import InputSwitch as InputSwitch

@@ -50,20 +50,36 @@ def _mixed(gate: Tensor, column: Sequence[Any], label: str) -> Any:
     return column[0]
 
 
-def _sum(gate: Tensor, outputs: Sequence[Any], label: str) -> Tensor:
+def add_mixed(total: Tensor, gate: Tensor, outputs: Sequence[Any], label: str = "") -> Tensor:
+    """`total + mix(gate, outputs)` in the memory of `total`, which no backward may read.
+
+    Args:
+        total: of the shape of the outputs.
+        gate: as for `mix`, as the next two.
+        outputs: tensors, one of them at least, and the number 0.
+        label: the choice's label.
+
+    Raises:
+        SearchError: as `mix`.
+    """
+    return _sum(gate, outputs, label, total)
+
+
+def _sum(gate: Tensor, outputs: Sequence[Any], label: str, start: Tensor | None = None) -> Tensor:
     kept = _kept(outputs)
     check_alike(outputs, label)
     tensors: list[Tensor] = [outputs[k] for k in kept]
     first = tensors[0]
     weights = gate.to(first.dtype)
-    one_dtype = all(output.dtype == first.dtype for output in tensors)
+    every = tensors if start is None else [start, *tensors]
+    one_dtype = all(tensor.dtype == first.dtype for tensor in every)
     if one_dtype and not first.is_complex() and not torch.compiler.is_compiling():
-        return cast("Tensor", _WeightedSum.apply(weights, kept, *tensors))
+        return cast("Tensor", _WeightedSum.apply(weights, kept, start, *tensors))
     each = weights.unbind(0)
     total = each[kept[0]] * first
     for k, output in zip(kept[1:], tensors[1:], strict=True):
         total = total + each[k] * output
-    return total
+    return total if start is None else start.add_(total)
 
 
 def _kept(outputs: Sequence[Any]) -> list[int]:
@@ -83,20 +99,28 @@ def check_alike(outputs: Sequence[Any], label: str) -> None:
 
 
 class _WeightedSum(torch.autograd.Function):
-    """sum_k weights[kept[k]] * outputs[k], added up in place; outputs of one real dtype.
+    """sum_k weights[kept[k]] * outputs[k], added up in place, on `start` if given; one real dtype.
 
     The outputs are kept for the backward only where the weights need a gradient, which is a dot
     product for each of them: no product of two outputs is ever stored.
     """
 
     @staticmethod
-    def forward(ctx: Any, weights: Tensor, kept: Sequence[int], *outputs: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, weights: Tensor, kept: Sequence[int], start: Tensor | None, *outputs: Tensor
+    ) -> Tensor:
         """The sum, of the shape of the outputs."""
         ctx.kept = kept
         ctx.save_for_backward(weights, *(outputs if ctx.needs_input_grad[0] else ()))
+        terms = list(zip(kept, outputs, strict=True))
         each = weights.unbind(0)
-        total = each[kept[0]] * outputs[0]
-        for k, output in zip(kept[1:], outputs[1:], strict=True):
+        if start is None:
+            k, output = terms.pop(0)
+            total = each[k] * output
+        else:
+            ctx.mark_dirty(start)
+            total = start
+        for k, output in terms:
             total.addcmul_(each[k], output)
         ctx.last = total.dim() == 4 and total.is_contiguous(memory_format=torch.channels_last)
         return total
@@ -114,10 +138,11 @@ class _WeightedSum(torch.autograd.Function):
             dots = dict(zip(ctx.kept, (_dot(grad, output) for output in outputs), strict=True))
             nothing = torch.zeros_like(each[0])
             of_weights = torch.stack([dots.get(k, nothing) for k in range(len(each))])
-        needs = ctx.needs_input_grad[2:]
+        needs = ctx.needs_input_grad[3:]
         return (
             of_weights,
             None,
+            grad if ctx.needs_input_grad[2] else None,
             *(each[k] * grad if need else None for k, need in zip(ctx.kept, needs, strict=True)),
         )
 

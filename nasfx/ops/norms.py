@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from nasfx.ops.function import graph_function
-from nasfx.ops.mix import check_alike, mix
+from nasfx.ops.mix import add_mixed, check_alike
 from nasfx.rewriting.graph import has_hooks
 
 
@@ -45,7 +45,7 @@ def mix_norms(
         total = term if total is None else total.add_(term)
     assert total is not None, "the pass leaves mixtures without batch norms"
     if any(isinstance(y, Tensor) for y in rest):
-        return total.add_(mix(gate, rest, label))
+        return add_mixed(total, gate, rest, label)
     return total
 
 

@@ -7,6 +7,7 @@ from torch.utils import _pytree as pytree
 
 from nasfx import SearchError
 from nasfx.ops import mix
+from nasfx.ops.mix import add_mixed
 
 A, B, C = (torch.randn(2, 3, dtype=torch.float64) for _ in range(3))
 GATE = torch.tensor([0.2, 0.3, 0.5], dtype=torch.float64)
@@ -97,3 +98,25 @@ def test_the_message_lists_the_shapes_and_says_what_to_do() -> None:
         mix(GATE, [A, A, A[:1]], label="block")
     assert "candidate 2 differs: (2, 3), (2, 3), (1, 3)" in str(caught.value)
     assert "samples one path" in str(caught.value)
+
+
+def test_a_mixture_is_added_in_place_with_both_derivatives() -> None:
+    torch.manual_seed(0)
+    gate, a, b, start = (
+        torch.randn(2, 3, dtype=torch.float64, requires_grad=True) for _ in range(4)
+    )
+    gate = gate.detach()[0].requires_grad_()
+
+    def added(gate: Tensor, a: Tensor, b: Tensor, start: Tensor) -> Tensor:
+        total = start * 2
+        result = add_mixed(total, gate, [a, 0, b])
+        assert result.data_ptr() == total.data_ptr()
+        return result
+
+    expected = 2 * start + gate[0] * a + gate[2] * b
+    assert torch.allclose(added(gate, a, b, start), expected, rtol=1e-14, atol=0)
+    assert torch.autograd.gradcheck(added, (gate, a, b, start))
+    assert torch.autograd.gradgradcheck(added, (gate, a, b, start))
+    half = add_mixed(start.float() * 2, gate, [a, 0, b])  # of unlike dtypes: that of the total
+    assert half.dtype == torch.float32
+    assert torch.allclose(half, expected.float())

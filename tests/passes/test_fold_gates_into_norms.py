@@ -119,6 +119,14 @@ def test_every_form_of_batch_norm(make: Make, last: bool, strategy: str) -> None
     assert "mix_norms" in str(net.graph)
 
 
+def test_of_own_gains_alone(lower: Lower) -> None:
+    gm, ctx = lower(choice(own=bn(), plain=bn(affine=False)), *LOWERED)
+    assert FoldGatesIntoNorms(own_gain=True)(gm, ctx).modified is True
+    folded = "mix_norms(%gate_block, [%_0_own_0, %_0_plain_1], [%_0_own_2, None]"
+    assert folded in format_graph(gm)
+    assert not ctx.skips
+
+
 def test_the_order_of_the_batches_of_one_module_stays(lower: Lower) -> None:
     class Again(nn.Module):
         def __init__(self) -> None:
