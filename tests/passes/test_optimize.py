@@ -22,7 +22,8 @@ from tests.passes.proof import assert_near, assert_same, cells, pool_bn, run, tr
 
 NAMES = [
     "drop-zero-candidates", "fold-linear-candidates", "share-subexpressions", "share-norms",
-    "fold-gates-into-norms(own_gain=True)", "propagate-channels-last", "cheapen-depthwise", "cheapen-pools",
+    "fold-gates-into-norms(own_gain=True)", "propagate-channels-last", "cheapen-depthwise",
+    "cheapen-pools",
 ]  # fmt: skip
 
 
