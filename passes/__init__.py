@@ -8,6 +8,7 @@ from nasfx.passes.canonicalize import Canonicalize as Canonicalize
 from nasfx.passes.cheapen_depthwise import CheapenDepthwise as CheapenDepthwise
 from nasfx.passes.cheapen_pools import CheapenPools as CheapenPools
 from nasfx.passes.collapse_choices import CollapseChoices as CollapseChoices
+from nasfx.passes.count_batches_once import CountBatchesOnce as CountBatchesOnce
 from nasfx.passes.defer_producers import DeferProducers as DeferProducers
 from nasfx.passes.drop_zero_candidates import DropZeroCandidates as DropZeroCandidates
 from nasfx.passes.fold_gates_into_norms import FoldGatesIntoNorms as FoldGatesIntoNorms

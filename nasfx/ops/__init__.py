@@ -20,8 +20,10 @@ from nasfx.ops.gates import pair_gate as pair_gate
 from nasfx.ops.gates import softmax_gate as softmax_gate
 from nasfx.ops.layout import channels_last as channels_last
 from nasfx.ops.mix import mix as mix
+from nasfx.ops.norms import count_batches_ as count_batches_
 from nasfx.ops.norms import mix_norms as mix_norms
 from nasfx.ops.norms import shared_norms as shared_norms
+from nasfx.ops.norms import uncounted_norm as uncounted_norm
 from nasfx.ops.pooling import average_pool as average_pool
 from nasfx.ops.select import Deferred as Deferred
 from nasfx.ops.select import Demanded as Demanded

@@ -17,8 +17,9 @@ from nasfx.rewriting.graph import has_hooks
 
 @graph_function
 def mix_norms(
-    gate: Tensor, outputs: Sequence[Any], norms: Sequence[_BatchNorm | None], label: str = ""
-) -> Tensor:
+    gate: Tensor, outputs: Sequence[Any], norms: Sequence[_BatchNorm | None], label: str = "",
+    counted: bool = True,
+) -> Tensor:  # fmt: skip
     """`mix` of candidates that end in a batch norm: w n(y) is n(y) with a gain w times as large.
 
     So the outputs of these batch norms are not kept for the backward, and neither multiplied by the
@@ -30,11 +31,14 @@ def mix_norms(
             number 0 stands for zeros.
         norms: the batch norms, whose running statistics move in train mode as their own call does.
         label: the choice's label.
+        counted: whether they count the batch; else `count_batches_` does.
 
     Raises:
         SearchError: shapes differ, as for `mix`.
     """
     check_alike(outputs, label)
+    if counted:
+        count_batches_(*(norm for norm in norms if norm is not None))
     rest = [0 if norm is not None else y for y, norm in zip(outputs, norms, strict=True)]
     total: Tensor | None = None
     for weight, y, norm in zip(gate.unbind(0), outputs, norms, strict=True):
@@ -51,10 +55,6 @@ def mix_norms(
 
 def _scaled(norm: _BatchNorm, x: Tensor, weight: Tensor) -> Tensor:
     """`weight` times what `norm` gives, its running statistics moved as its own call does."""
-    training = norm.training or norm.running_mean is None
-    tracked = norm.track_running_stats or not norm.training
-    if norm.training and norm.num_batches_tracked is not None:
-        norm.num_batches_tracked.add_(1)
     own_gain: Tensor | None = getattr(norm, "weight")  # noqa: B009  # typed as never None
     own_shift: Tensor | None = getattr(norm, "bias")  # noqa: B009
     if own_gain is None:
@@ -64,6 +64,12 @@ def _scaled(norm: _BatchNorm, x: Tensor, weight: Tensor) -> Tensor:
     else:
         weight = weight.to(own_gain.dtype)
         gain, shift = weight * own_gain, None if own_shift is None else weight * own_shift
+    return _normalised(norm, x, gain, shift)
+
+
+def _normalised(norm: _BatchNorm, x: Tensor, gain: Tensor | None, shift: Tensor | None) -> Tensor:
+    training = norm.training or norm.running_mean is None
+    tracked = norm.track_running_stats or not norm.training
     return F.batch_norm(
         x,
         norm.running_mean if tracked else None,
@@ -77,7 +83,29 @@ def _scaled(norm: _BatchNorm, x: Tensor, weight: Tensor) -> Tensor:
 
 
 @graph_function
-def shared_norms(x: Tensor, norms: Sequence[_BatchNorm]) -> tuple[Tensor, ...]:
+def uncounted_norm(x: Tensor, norm: _BatchNorm) -> Tensor:
+    """What a batch norm with a momentum gives; `count_batches_` counts the batch.
+
+    Args:
+        x: (N, C, ...).
+        norm: the batch norm, whose running statistics move in train mode.
+    """
+    return _normalised(norm, x, norm.weight, norm.bias)
+
+
+@graph_function
+def count_batches_(*norms: _BatchNorm) -> None:
+    """Add one to the number of batches that each has seen, of those in train mode, in one call."""
+    counts = [n.num_batches_tracked for n in norms if n.training]
+    known = [count for count in counts if count is not None]
+    if known:
+        torch._foreach_add_(known, 1)
+
+
+@graph_function
+def shared_norms(
+    x: Tensor, norms: Sequence[_BatchNorm], counted: bool = True
+) -> tuple[Tensor, ...]:
     """What batch norms without gain, of one eps, give for one input.
 
     In train mode all of them give the same, so it is computed once; each one's running statistics
@@ -86,14 +114,17 @@ def shared_norms(x: Tensor, norms: Sequence[_BatchNorm]) -> tuple[Tensor, ...]:
     Args:
         x: (N, C, ...).
         norms: the batch norms, of equal settings.
+        counted: whether they count the batch; else `count_batches_` does.
 
     Returns:
         One output for each; in train mode they are one tensor.
     """
     alike = all(norm.training for norm in norms) and x.dtype in (torch.float32, torch.float64)
     count = x.numel() // norms[0].num_features
+    if counted:
+        count_batches_(*norms)
     if not alike or count < 2 or torch.compiler.is_compiling():
-        return tuple([norm(x) for norm in norms])
+        return tuple([uncounted_norm(x, norm) for norm in norms])
     eps = norms[0].eps
     y, mean, inverse_deviation = torch.native_batch_norm(x, None, None, None, None, True, 0.0, eps)
     with torch.no_grad():
@@ -106,8 +137,6 @@ def shared_norms(x: Tensor, norms: Sequence[_BatchNorm]) -> tuple[Tensor, ...]:
 def _move_statistics(norm: _BatchNorm, mean: Tensor, unbiased: Tensor) -> None:
     if norm.running_mean is None or norm.running_var is None or norm.momentum is None:
         return
-    if norm.num_batches_tracked is not None:
-        norm.num_batches_tracked.add_(1)
     for kept, new in ((norm.running_mean, mean), (norm.running_var, unbiased)):
         # As in torch's own update no version is counted: in train mode no backward reads them.
         kept.data.lerp_(new.to(kept.dtype), norm.momentum)

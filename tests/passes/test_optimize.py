@@ -8,7 +8,13 @@ from typing import Any
 import pytest
 import torch
 from hypothesis import given, settings
-from nasfx.passes import DropZeroCandidates, FoldGatesIntoNorms, RemoveDeadCode, ShareSubexpressions
+from nasfx.passes import (
+    CountBatchesOnce,
+    DropZeroCandidates,
+    FoldGatesIntoNorms,
+    RemoveDeadCode,
+    ShareSubexpressions,
+)
 from torch import Tensor, fx, nn
 
 import nasfx
@@ -27,7 +33,7 @@ NAMES = [
 ]  # fmt: skip
 
 
-EVERY = (*WEIGHTED_SUM, FoldGatesIntoNorms())
+EVERY = (*WEIGHTED_SUM, FoldGatesIntoNorms(), CountBatchesOnce())
 
 
 def images(channels: int = 3, size: int = 8) -> Tensor:
