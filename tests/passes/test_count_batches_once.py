@@ -55,7 +55,7 @@ def test_one_call_counts_for_all(lower: Lower) -> None:
 %_1_4 = get_attr[1]
 %_1 = nasfx.ops.uncounted_norm(%_0, %_1_4)
 %count_batches_ = nasfx.ops.count_batches_(%_1_4, %_0_a_2, %_0_b_2, %_0_conv_2)
-return %_1""",
+return %_1""",  # noqa: E501
     )
     assert CountBatchesOnce()(gm, ctx).modified is False
     assert not ctx.skips
