@@ -99,7 +99,7 @@ def count_batches_(*norms: _BatchNorm) -> None:
     counts = [n.num_batches_tracked for n in norms if n.training]
     known = [count for count in counts if count is not None]
     if known:
-        torch._foreach_add_(known, 1)
+        torch._foreach_add_(known, 1)  # pyright: ignore[reportPrivateImportUsage]
 
 
 @graph_function
