@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
-from nasfx.architecture import Architecture
+from nasfx.architecture import Architecture, Decision, SpaceChoice
 from nasfx.errors import SearchError
 from nasfx.rewriting.graph import provenance
 from nasfx.rewriting.printing import format_node
@@ -35,11 +36,19 @@ class _FirstNonFinite(fx.Interpreter):
         return value
 
 
-def nonfinite_error(net: Supernet, inputs: tuple[Any, ...], when: str) -> SearchError:
+def nonfinite_error(
+    net: Supernet, inputs: tuple[Any, ...], when: str, *, backward: bool = False
+) -> SearchError:
     """The error for a loss, or a gradient of the architecture, that is not finite.
 
     Runs subnets one after the other, the current one first and then with each candidate of each
-    choice in turn, until one produces the value.
+    choice in turn, and at last the mixture, until one produces the value.
+
+    Args:
+        net: the net, in the step that failed.
+        inputs: the batch's.
+        when: what is not finite, and where the search is.
+        backward: whether that is a gradient; the loss was finite.
     """
     if not finite(inputs):
         return SearchError(f"{when}: the batch itself holds values that are not finite")
@@ -48,8 +57,8 @@ def nonfinite_error(net: Supernet, inputs: tuple[Any, ...], when: str) -> Search
             f"{when}: parameters are not finite any more, so an earlier step made them so; lower "
             "the learning rate, or clip the gradients"
         )
-    for arch in _subnets(net):
-        interpreter = _FirstNonFinite(net.subnet_graph(arch))
+    for graph, where in _graphs(net):
+        interpreter = _FirstNonFinite(graph)
         modes = [(m, m.training) for m in net.modules()]
         with evaluating(net):
             for m, training in modes:
@@ -64,9 +73,21 @@ def nonfinite_error(net: Supernet, inputs: tuple[Any, ...], when: str) -> Search
             )  # fmt: skip
             return SearchError(
                 f"{when}: the first value that is not finite comes from {format_node(node)}, "
-                f"{whose} ({origin.site}), in the architecture {dict(arch)}"
+                f"{whose} ({origin.site}), in {where}"
             )
-    return SearchError(f"{when}: every subnet's output is finite, so it is the loss that is not")
+    fault = (
+        "so a derivative is not, as that of a square root or a norm at 0" if backward
+        else "so it is the loss that is not"
+    )  # fmt: skip
+    return SearchError(f"{when}: every subnet's output is finite, {fault}")
+
+
+def _graphs(net: Supernet) -> Iterator[tuple[fx.GraphModule, str]]:
+    """What may have produced the value, and what the message calls it."""
+    for arch in _subnets(net):
+        yield net.subnet_graph(arch), f"the architecture {dict(arch)}"
+    if not net.strategy.samples:
+        yield net.graph_module, "the mixture of all candidates"
 
 
 def check_parameters(net: Supernet, when: str) -> None:
@@ -84,10 +105,34 @@ def check_parameters(net: Supernet, when: str) -> None:
 
 
 def _subnets(net: Supernet) -> list[Architecture]:
-    base = net.path if net.strategy.samples else net.space.sample(torch.Generator().manual_seed(0))
-    found = {base: None}
-    for choice in net.space.choices:
-        for value in choice.values() if choice.kind == "layer" else ():
-            filled = {c.label: next(c.values()) for c in net.space.choices}
-            found[net.space.validate({**filled, **base, choice.label: value})] = None
-    return list(found)
+    """Architectures that hold every candidate of every choice, nested ones too; few of them.
+
+    From each, every choice that is active there is decided anew in every way; what has a decision
+    that none before had is one more.
+    """
+    first = net.path if net.strategy.samples else net.space.sample(torch.Generator().manual_seed(0))
+    defaults = {choice.label: next(choice.values()) for choice in net.space.choices}
+    found = [first]
+    seen = _decisions(first)
+    for arch in found:  # which grows
+        for choice in net.space.choices:
+            for value in _values(choice) if choice.label in arch else ():
+                other = net.space.validate({**defaults, **arch, choice.label: value})
+                if not seen.issuperset(_decisions(other)):
+                    seen.update(_decisions(other))
+                    found.append(other)
+    return found
+
+
+def _decisions(arch: Architecture) -> set[tuple[str, str]]:
+    return {(label, str(value)) for label, value in arch.items()}
+
+
+def _values(choice: SpaceChoice) -> Iterator[Decision]:
+    """Every candidate of a layer choice; of an input choice a set with every input."""
+    if choice.kind == "layer":
+        yield from choice.values()
+        return
+    n, chosen = len(choice.candidates), choice.n_chosen or 1
+    for i in range(n):
+        yield tuple(sorted((i + k) % n for k in range(chosen)))

@@ -108,6 +108,7 @@ class Steps:
                     self.net,
                     inputs,
                     f"the architecture's gradient became not finite {self.position}",
+                    backward=True,
                 )
 
     def _unrolled(self, following: Sequence[Batch]) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import nasfx
-from nasfx import LayerChoice, RandomSearch, SearchError
+from nasfx import InputChoice, LayerChoice, RandomSearch, SearchError
 from tests.strategies.nets import STRATEGIES, Chain, Nested, batch, built, loss_of
 
 Batches = list[tuple[Any, Any]]
@@ -581,6 +581,74 @@ def test_parameters_that_are_not_finite_are_named() -> None:
 def test_a_metric_that_is_not_finite_is_an_error() -> None:
     with pytest.raises(SearchError, match=r"the metric became nan"):
         _search(_toy(), metric=lambda o, t: float("nan"))
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_a_nested_candidate_is_named(strategy: str) -> None:
+    class Nested(Fragile):
+        def __init__(self) -> None:
+            super().__init__()
+            inner = LayerChoice({"fine": nn.Tanh(), "broken": Root()}, label="inner")
+            middle = LayerChoice(
+                {"fine": nn.Tanh(), "deep": nn.Sequential(nn.Tanh(), inner)}, label="middle"
+            )
+            candidates = {"deep": middle, "a": nn.Tanh(), "b": nn.Identity()}
+            self.block = LayerChoice(candidates, label="block")
+
+    for seed in range(3):
+        with pytest.raises(SearchError, match=r"candidate 'broken' of choice 'inner'") as error:
+            _search(_toy(strategy, Nested), epochs=20, seed=seed)
+        decisions = "{'block': 'deep', 'middle': 'deep', 'inner': 'broken'}"
+        assert f"in the architecture {decisions}" in str(error.value)
+
+
+def test_what_only_an_unlikely_input_needs_is_named() -> None:
+    class Inputs(Fragile):
+        def __init__(self) -> None:
+            super().__init__()
+            self.block = LayerChoice({"fine": nn.Tanh(), "broken": Root()}, label="block")
+            self.pick = InputChoice(4, 2, label="pick")
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.stem(x)
+            return self.head(self.pick([x, x + 1, x + 2, self.block(x)]))
+
+    with pytest.raises(SearchError, match=r"candidate 'broken' of choice 'block'"):
+        _search(_toy("darts", Inputs))
+
+
+def test_a_mixture_whose_candidates_are_finite_is_named() -> None:
+    class Large(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.full_like(x, 3e38) + 0 * x
+
+    class Mixture(Fragile):
+        def __init__(self) -> None:
+            super().__init__()
+            pick = {"a": Large(), "b": Large()}
+            self.block = nn.Sequential(
+                LayerChoice(pick, label="block"), LayerChoice(dict(pick), label="next")
+            )
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.block(self.stem(x))
+            return self.head(x - x.detach() + torch.where(x == 3e38, 0.0, torch.inf))
+
+    with pytest.raises(SearchError, match="in the mixture of all candidates"):
+        _search(_toy("darts", Mixture))
+
+
+def test_a_derivative_that_is_not_finite_is_no_fault_of_the_loss() -> None:
+    class Steep(Fragile):
+        def __init__(self) -> None:
+            super().__init__()
+            self.block = LayerChoice({"a": nn.Tanh(), "b": nn.Identity()}, label="block")
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(torch.sqrt(0 * self.block(self.stem(x))))
+
+    with pytest.raises(SearchError, match=r"gradient became not finite.*so a derivative is not"):
+        _search(_toy("darts", Steep))
 
 
 def test_a_part_of_no_choice_is_named() -> None:
