@@ -268,15 +268,18 @@ def is_whole(data: Any) -> bool:
     )
 
 
-def refuse_unlaunched() -> None:
+def refuse_unlaunched(what: str) -> None:
     """Refuse a search by itself in one of several processes.
+
+    Args:
+        what: the function that was called.
 
     Raises:
         SearchError: torchrun, or the like, has started several.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise SearchError(
-            f"this is one of {os.environ['WORLD_SIZE']} processes (WORLD_SIZE), and search was "
+            f"this is one of {os.environ['WORLD_SIZE']} processes (WORLD_SIZE), and {what} was "
             "given no Fabric: each would search by itself. Hand over a launched one, "
             "Fabric(devices=..., strategy='ddp')"
         )

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from lightning_fabric import Fabric
 from lightning_fabric.plugins import Precision
 from rich.console import Console
 from rich.progress import Progress
@@ -17,6 +18,7 @@ from nasfx.architecture import Architecture
 from nasfx.errors import CheckpointError, SearchError
 from nasfx.searching.checkpoint import Plain
 from nasfx.searching.data_order import Randomness
+from nasfx.searching.distributed import Ranks, refuse_unlaunched
 from nasfx.searching.evaluation import Metric, progress_bar
 from nasfx.searching.recalibration import Judge, checked_recalibration
 from nasfx.searching.result import SearchResult
@@ -42,6 +44,7 @@ def evolve(
     resume: Resume = "auto",
     checkpoint_every: int | None = None,
     keep: int = 2,
+    fabric: Fabric | None = None,
 ) -> SearchResult:
     """The best architecture under the shared weights, by the evolutionary search of SPOS.
 
@@ -61,6 +64,10 @@ def evolve(
     `recalibrate`), subnets of functions and modules of torch, without hooks, that draw no random
     numbers before the last batch norm, and a metric that depends on its arguments alone. Else they
     are evaluated one by one.
+
+    On several processes, those of `fabric`, every one is given the same weights and the same data,
+    and evaluates a share of each generation; the result is that of one process, and a search that
+    was stopped may go on with another number of them.
 
     Nothing of the net changes: buffers that move are copies, and modes, drawn path and generators
     are as they were, also after an error. Dropout, and loaders without a generator of their own,
@@ -101,9 +108,12 @@ def evolve(
             evaluated at once; each generation ends with one anyway, and with None there are no
             others.
         keep: how many of the last checkpoints are kept.
+        fabric: a launched Lightning Fabric, of several processes; the net and the batches are on
+            its device. The first process shows progress and writes the checkpoints.
 
     Raises:
-        SearchError: wrong arguments; no `recalibrate` for a net with batch norms; no architecture
+        SearchError: wrong arguments; several processes without a `fabric`, or with other weights on
+            some of them; no `recalibrate` for a net with batch norms; no architecture
             satisfies the constraints; an empty loader; a metric that is no number or not finite;
             a parameter that is not finite where a checkpoint is to be written.
         CheckpointError: a checkpoint cannot be read or written, or belongs to another search, or to
@@ -123,22 +133,33 @@ def evolve(
         )
     if not isinstance(constraints, Sequence) or not all(map(callable, constraints)):
         raise SearchError("constraints must be a list of functions, architecture -> bool")
+    if fabric is None:
+        refuse_unlaunched("evolve")
+        fabric = Fabric(accelerator="cpu", devices=1)
+        fabric.launch()
+    ranks = Ranks(fabric)
+    weights = digest(net)
+    if len(set(ranks.gather(weights))) > 1:
+        raise SearchError(
+            "evolve on several processes: the weights are not the same on all of them; load the "
+            "same, or hand over the net that a search on these processes has trained"
+        )
     recalibration = checked_recalibration(net, recalibrate)
     judge = Judge(net, valid, metric, recalibration, seed)
     pool = Population(net.space, constraints, population, torch.Generator().manual_seed(seed))
-    console = console or Console(stderr=True)
-    saving = Saving(checkpoint_dir, resume, checkpoint_every, keep, console)
+    console = (console or Console(stderr=True)) if ranks.first else Console(quiet=True)
+    saving = Saving(checkpoint_dir, resume, checkpoint_every, keep, console, ranks)
     state = EvolutionState(pool)
     options = {
         "made by": "nasfx.evolve", "population": population, "generations": generations,
         "seed": seed, "constraints": len(constraints),
-        "recalibrate": recalibration.batches if recalibration else None, "weights": digest(net),
+        "recalibrate": recalibration.batches if recalibration else None, "weights": weights,
     }  # fmt: skip
     randomness = Randomness(recalibration.loader if recalibration else None, valid)
     run: Any = state
-    saving.open(_Resumable(net, {}, None, Precision(), run, {}, randomness, options))
+    saving.open(_Resumable(net, {}, None, Precision(), run, {}, randomness, options, ranks))
     with progress_bar(console) as progress, saving.watching():
-        _Evolution(judge, state, saving, progress).run(generations)
+        _Evolution(judge, state, saving, ranks, progress).run(generations)
     return state.result()
 
 
@@ -146,9 +167,10 @@ class _Evolution:
     """The generations, one after the other, from where the state stands."""
 
     def __init__(
-        self, judge: Judge, state: EvolutionState, saving: Saving, progress: Progress
+        self, judge: Judge, state: EvolutionState, saving: Saving, ranks: Ranks, progress: Progress
     ) -> None:
         self.judge, self.state, self.saving, self.progress = judge, state, saving, progress
+        self.ranks = ranks
         self.pool = state.pool
 
     def run(self, generations: int) -> None:
@@ -176,8 +198,11 @@ class _Evolution:
         pool, ready = self.pool, self.state.ready
         left = [a for a in pool.current or () if a not in pool.scores and a not in ready]
         where = f"in generation {len(pool.records)}"
-        for group in self.judge.groups(left, self.saving.every):
-            ready.update(zip(group, self.judge.evaluate_all(group, where), strict=True))
+        for group in self.judge.groups(left, self.saving.every, self.ranks.count):
+            found = self.ranks.divided(
+                group, lambda own: self.judge.evaluate_all(own, where), shared=True
+            )
+            ready.update(zip(group, found, strict=True))
             best = max([*ready.values(), *pool.scores.values()])
             figures = f"generation {len(pool.records)} best {best:.4f}"
             self.progress.update(self.task, advance=len(group), figures=figures)
@@ -253,6 +278,9 @@ class _Resumable(Resumable):
 
     def content(self, randomness: Plain | None = None) -> Plain:
         return {**super().content(randomness), "net": {}, "hidden": {}}
+
+    def _of_this_rank(self) -> Plain:
+        return {}
 
     def _load(self, content: Plain) -> None:
         self.run.load_state_dict(content["run"], self.net.space)

@@ -131,7 +131,7 @@ def search(
             f"warmup={warmup!r} must leave some of the {epochs} epochs for the search"
         )
     if fabric is None:
-        refuse_unlaunched()
+        refuse_unlaunched("search")
         fabric = Fabric(accelerator="cpu", devices=1)
         fabric.launch()
     if accumulate < 1:
@@ -388,10 +388,7 @@ class _Scores:
         left = [arch for arch in dict.fromkeys(archs) if arch not in metrics]
         n, train = run.ranks.count, run.whole[:1]
         data = (run.whole[1], *(train if run.schedule.recalibrate else ()))
-        groups = self.judge.groups(left, _GROUP * n)
-        if len(groups) == len(left):  # each is evaluated alone: one on every rank
-            groups = [left[i : i + n] for i in range(0, len(left), n)]
-        for group in groups:
+        for group in self.judge.groups(left, _GROUP * n, n):
             with run.saving.evaluating():
                 found = run.ranks.divided(
                     group,

@@ -120,22 +120,24 @@ class Judge:
             return evaluate(net, arch, data, self.metric, when=when, run=self.run)
 
     def groups(
-        self, archs: Sequence[Architecture], at_most: int | None = None
+        self, archs: Sequence[Architecture], at_most: int | None = None, processes: int = 1
     ) -> list[list[Architecture]]:
         """The architectures in groups, for each of which `evaluate_all` evaluates all at once.
 
-        Where `obstacle` names a reason not to, each is alone, in the order given.
+        Where `obstacle` names a reason not to, each is alone, in the order given; on several
+        processes as many are a group.
 
         Args:
             archs: different architectures of the net's space.
             at_most: how many may be in a group; None for no limit.
+            processes: how many share a group; it is never smaller.
         """
+        n = max(at_most or len(archs), processes)
         if at_most == 1 or len(archs) < 2 or self.obstacle(archs):
-            return [[arch] for arch in archs]
+            return [list(archs[i : i + processes]) for i in range(0, len(archs), processes)]
         labels = [choice.label for choice in self.net.space.choices]
         # Those that begin alike stand together.
         ordered = sorted(archs, key=lambda arch: [str(arch.get(label)) for label in labels])
-        n = at_most or len(ordered)
         return [ordered[i : i + n] for i in range(0, len(ordered), n)]
 
     def evaluate_all(self, archs: Sequence[Architecture], when: str) -> list[float]:

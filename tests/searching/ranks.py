@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from lightning_fabric import Fabric
+from rich.console import Console
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -97,6 +99,32 @@ def loaders(fabric: Fabric, batch: int) -> dict[str, Any]:
     return {"train": train, "valid": DataLoader(dataset, batch)}
 
 
+def evolved(
+    fabric: Fabric | None, folder: Path | None = None, at: int = 0, bias: float = 0.0
+) -> list[Any]:
+    """What an evolution found; a signal asks it to stop at the metric of number `at`."""
+    net = nasfx.transform(Net(norm=True).double(), "single-path")
+    with torch.no_grad():
+        net.get_parameter("head.bias").add_(bias)
+    data = batches(slice(None), 0)
+    seen = 0
+
+    def metric(outputs: Tensor, target: Tensor) -> float:
+        nonlocal seen
+        seen += 1
+        if seen == at:
+            signal.raise_signal(signal.SIGTERM)
+        return accuracy(outputs, target) - float(outputs.std())
+
+    result = nasfx.evolve(
+        net, data[:3], metric=metric, recalibrate=(data, 4), population=4, generations=3, seed=2,
+        checkpoint_dir=folder, checkpoint_every=1, fabric=fabric, console=Console(quiet=True),
+    )  # fmt: skip
+    scores = [(dict(arch), score) for arch, score in result.evaluated.items()]
+    records = [{k: v for k, v in r.items() if k != "seconds"} for r in result.records]
+    return [dict(result.architecture), result.best_metric, records, scores]
+
+
 def main() -> None:
     """Run the tasks of a JSON file, and save what each ended with, or its error."""
     task = json.loads(Path(sys.argv[1]).read_text())
@@ -130,8 +158,6 @@ def _loaders(fabric: Fabric, name: str, share: slice, options: Any, folder: Path
 
 def _stopped(fabric: Fabric, name: str, share: slice, options: Any, folder: Path) -> Any:
     """A search that one rank alone is asked to stop, in its 13th step."""
-    import signal
-
     seen = 0
 
     def loss(outputs: Tensor, target: Tensor) -> Tensor:
@@ -183,7 +209,16 @@ def _wrong(fabric: Fabric, name: str, share: slice, options: Any, folder: Path) 
     return searched(fabric, name, False, share, data={"train": train})
 
 
-TASKS = {"plain": _plain, "loaders": _loaders, "stopped": _stopped, "wrong": _wrong}
+def _evolved(fabric: Fabric, name: str, share: slice, options: Any, folder: Path) -> Any:
+    """An evolution; the second one goes on where a signal to one rank has stopped the first."""
+    if name == "other weights":
+        return evolved(fabric, bias=1e-9 * fabric.global_rank)
+    return evolved(fabric, folder / name, at=options["at"] if fabric.global_rank == 1 else 0)
+
+
+TASKS = {
+    "plain": _plain, "loaders": _loaders, "stopped": _stopped, "wrong": _wrong, "evolved": _evolved
+}  # fmt: skip
 
 if __name__ == "__main__":
     main()

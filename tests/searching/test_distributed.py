@@ -115,6 +115,21 @@ def test_one_search_on_two_ranks(tmp_path: Path) -> None:
     assert one["other weights"].startswith("SearchError: here: head.bias differs between the ranks")
 
 
+def test_an_evolution_on_two_ranks_is_that_on_one(tmp_path: Path) -> None:
+    alone = worker.evolved(None)
+    tasks = {
+        "stopped": ("evolved", "folder", {"at": 7}),
+        "again": ("evolved", "folder", {"at": 0}),
+        "other weights": ("evolved", "other weights", {}),
+    }
+    found = run(tasks, tmp_path)
+    for ranks in found:
+        assert ranks["stopped"].startswith("SystemExit: 143")
+        assert ranks["again"] == alone
+        assert "SearchError: evolve on several processes: the weights" in ranks["other weights"]
+    assert len(alone[-1]) > 6
+
+
 @pytest.mark.slow
 def test_what_goes_wrong_on_one_rank_ends_all(tmp_path: Path) -> None:
     hows = ["nan", "short", "raises", "other paths"]
