@@ -46,7 +46,7 @@ WEIGHTED_SUM: tuple[Pass, ...] = (
 Batch norms without a gain are not folded: that saves memory and costs time (docs/performance.md).
 """
 
-SAMPLED_PATH: tuple[Pass, ...] = (PropagateChannelsLast(),)
+SAMPLED_PATH: tuple[Pass, ...] = (PropagateChannelsLast(), CheapenDepthwise(), CheapenPools())
 """The same for a strategy that runs one path."""
 
 

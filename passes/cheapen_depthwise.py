@@ -10,7 +10,7 @@ from torch import fx, nn
 from nasfx.ops.depthwise import depthwise_conv
 from nasfx.ops.stages import SUPERNET
 from nasfx.rewriting.editing import attribute, replace
-from nasfx.rewriting.graph import has_hooks, provenance, set_provenance
+from nasfx.rewriting.graph import graphs, has_hooks, provenance, set_provenance
 from nasfx.rewriting.passes import Exactness, Pass, PassContext
 from nasfx.rewriting.verifier import Stage
 
@@ -39,7 +39,11 @@ class CheapenDepthwise(Pass):
     exactness: ClassVar[Exactness] = Exactness.REASSOCIATES
 
     def run(self, gm: fx.GraphModule, ctx: PassContext) -> bool:
-        """Replace the calls of the graph."""
+        """Replace the calls of the graph, and of the graphs of sampled candidates within it."""
+        changed = [self._run(inner, ctx) for _, inner in graphs(gm)]
+        return any(changed)
+
+    def _run(self, gm: fx.GraphModule, ctx: PassContext) -> bool:
         changed = False
         tensors: dict[str, fx.Node] = {}
         for node in list(gm.graph.find_nodes(op="call_module")):

@@ -5,12 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 from torch import fx, nn
 
 from nasfx.ops.pooling import average_pool
 from nasfx.ops.stages import SUPERNET
 from nasfx.rewriting.editing import replace
-from nasfx.rewriting.graph import has_hooks, provenance, set_provenance
+from nasfx.rewriting.graph import graphs, has_hooks, provenance, set_provenance
 from nasfx.rewriting.passes import Exactness, Pass, PassContext
 from nasfx.rewriting.verifier import Stage
 
@@ -38,9 +39,13 @@ class CheapenPools(Pass):
     exactness: ClassVar[Exactness] = Exactness.REASSOCIATES
 
     def run(self, gm: fx.GraphModule, ctx: PassContext) -> bool:
-        """Replace the calls of the graph."""
-        changed = False
+        """Replace the calls of the graph, and of the graphs of sampled candidates within it."""
         elsewhere = next((p.device for p in gm.parameters() if p.device.type != "cpu"), None)
+        changed = [self._run(inner, ctx, elsewhere) for _, inner in graphs(gm)]
+        return any(changed)
+
+    def _run(self, gm: fx.GraphModule, ctx: PassContext, elsewhere: torch.device | None) -> bool:
+        changed = False
         for node in list(gm.graph.find_nodes(op="call_module")):
             module = gm.get_submodule(str(node.target))
             if type(module) is not nn.AvgPool2d or _pair(module.stride) != (1, 1):

@@ -811,7 +811,8 @@ def test_history_names_every_pass() -> None:
     names = [r.name for r in net.history.records]
     assert names == [
         "trace", "canonicalize", "infer-shapes", "functionalize-inplace", "lower-binary-gate",
-        "defer-producers", "remove-dead-code", "propagate-channels-last",
+        "defer-producers", "remove-dead-code", "propagate-channels-last", "cheapen-depthwise",
+        "cheapen-pools",
     ]  # fmt: skip
     assert net.history.text() == str(net.graph)
     assert "call_module[first](%" in net.history.text(0)

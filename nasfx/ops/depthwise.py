@@ -28,6 +28,7 @@ def depthwise_conv(
     On a CPU torch has slow forms of the gradients of wide and of dilated depthwise kernels. These
     are the same sums, by calls of fast ones:
 
+    - an image of one pixel is multiplied by one number of the kernel;
     - stride equal to dilation: the kernel reads every such pixel alone, so the convolution is one
       without stride and dilation of `x[:, :, ::stride, ::stride]`;
     - the gradient of `x` at stride 1 is a convolution with the flipped kernel;
@@ -51,6 +52,12 @@ def depthwise_conv(
     """
     if torch.compiler.is_compiling() or x.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
         return F.conv2d(x, weight, bias, stride, padding, dilation, x.shape[1])
+    tap, rest = divmod(padding, dilation)
+    k = weight.shape[2]
+    one = x.shape[2:] == (1, 1) and 0 <= 2 * padding - dilation * (k - 1) < stride
+    if one and not rest and tap < k:
+        y = x * weight[:, 0, tap, tap, None, None]  # all but one see padding
+        return y if bias is None else y + bias[:, None, None]
     if stride == dilation > 1 and padding % stride == 0:
         x, padding, stride, dilation = x[:, :, ::stride, ::stride], padding // stride, 1, 1
     return cast("Tensor", _Depthwise.apply(x, weight, bias, stride, padding, dilation))

@@ -125,6 +125,22 @@ def test_a_module_called_twice_has_one_weight() -> None:
     assert str(net.graph).count("get_attr[conv.0.conv.weight]") == 1
 
 
+def test_sampled_candidates_are_rewritten_too() -> None:
+    candidates = {
+        "wide": nn.Sequential(wide(), nn.Tanh()),
+        "nested": nn.Sequential(
+            LayerChoice(
+                {"dilated": nn.Sequential(wide(padding=4, dilation=2)), "b": nn.Tanh()},
+                label="inner",
+            ),
+            wide(),
+        ),
+    }
+    model = nn.Sequential(LayerChoice(candidates, label="block")).double()
+    net = assert_same(model, PASSES, strategy="single-path")
+    assert str(net.graph).count("nasfx.ops.depthwise_conv") == 3
+
+
 @settings(max_examples=25)
 @given(cells())
 def test_random_supernets(model: nn.Module) -> None:

@@ -102,6 +102,13 @@ def test_the_pool_of_darts(counts: bool) -> None:
     assert str(net.graph).count("nasfx.ops.average_pool") == 1
 
 
+def test_sampled_candidates_are_rewritten_too() -> None:
+    candidates = {"pool": nn.Sequential(nn.AvgPool2d(3, 1, 1), nn.Tanh()), "conv": conv(3)}
+    model = nn.Sequential(LayerChoice(candidates, label="block")).double()
+    net = assert_same(model, PASSES, strategy="single-path")
+    assert str(net.graph).count("nasfx.ops.average_pool") == 1
+
+
 @settings(max_examples=25)
 @given(cells())
 def test_random_supernets(model: nn.Module) -> None:

@@ -70,8 +70,9 @@ def test_weighted_sums_are_optimised_by_default_and_it_is_recorded(strategy: str
 
 
 @pytest.mark.parametrize("strategy", ["single-path", "proxyless", "enas", "random"])
-def test_sampled_nets_get_another_layout_alone(strategy: str) -> None:
-    assert optimisations(nasfx.transform(Block(), strategy)) == ["propagate-channels-last"]
+def test_sampled_nets_get_what_serves_a_single_path(strategy: str) -> None:
+    names = ["propagate-channels-last", "cheapen-depthwise", "cheapen-pools"]
+    assert optimisations(nasfx.transform(Block(), strategy)) == names
     assert optimisations(nasfx.transform(Block(), strategy, optimize="off")) == []
 
 
@@ -111,6 +112,14 @@ def test_the_darts_space(strategy: Any) -> None:
 def test_nas_bench_201(strategy: str) -> None:
     torch.manual_seed(0)
     assert_same(nasbench201.net(channels=4, cells=1).double(), EVERY, images(size=16), strategy)
+
+
+@pytest.mark.parametrize("strategy", ["single-path", "proxyless", nasfx.Proxyless(gate="two")])
+def test_sampled_paths_of_the_mobile_space(strategy: Any) -> None:
+    torch.manual_seed(0)
+    model, x = narrow_proxyless(), images(size=64)
+    net = assert_same(model, SAMPLED_PATH, x, strategy)
+    assert str(net.graph).count("nasfx.ops.depthwise_conv") == 84
 
 
 def spos() -> nn.Module:
