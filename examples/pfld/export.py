@@ -7,16 +7,20 @@ inferences on one thread of this machine's CPU, not of a phone.
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import fitting
 import torch
-from common import Help, write_results
 from torch import Tensor, nn
 
 import nasfx
+
+# For `common`; behind the folder of this example.
+sys.path.insert(1, str(Path(__file__).resolve().parents[1]))
+import fitting
+from common import Help, write_results
 
 OUTPUTS = ("landmarks", "feature")
 
